@@ -1,0 +1,184 @@
+"""Views of an image, and where they came from.
+
+Two halves. `MultiCrop` runs in the loader's workers: it draws every random number, cuts uint8 crops, and notes each
+view's box, mirroring and colour parameters in one row of numbers. `Photometric` runs on the training device: it applies
+those rows to a whole batch and draws nothing. The distributions are DINO's.
+
+B batch, V views, R numbers a row
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision.transforms import InterpolationMode, v2
+
+# A view's row. Its first five numbers are the box of sampler.py.
+BOX = slice(0, 5)           # x0, y0, x1, y1 in fractions of the image; flipped, 0 or 1
+FACTORS = slice(5, 8)       # brightness, contrast, saturation; 1 leaves as it is
+HUE = 8                     # in turns, -0.5 to 0.5; 0 leaves as it is
+ORDER = slice(9, 13)        # when each of brightness, contrast, saturation, hue is applied: 0 to 3
+GREY = 13                   # 0 or 1
+SIGMA = 14                  # of the blur, in pixels; 0 for none
+SOLARIZE = 15               # 0 or 1
+ROW = 16
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's, as every released ViT expects
+
+BLUR_GLOBAL_1, BLUR_GLOBAL_2, BLUR_LOCAL, SOLARIZE_GLOBAL_2 = 1.0, 0.1, 0.5, 0.2    # probabilities
+JITTER, GREYSCALE = 0.8, 0.2
+
+
+class Views(NamedTuple):
+    """The views of an image, or, with a leading axis more, of a batch."""
+
+    crops: list           # by resolution, global first: uint8 (V, 3, S, S)
+    rows: torch.Tensor    # float32 (views, ROW), global views first
+
+
+class MultiCrop:
+    """image uint8 (3, H, W) -> Views: two global ones, and local_crops_number local ones.
+
+    Scales are ranges of the crop's share of the image's area. The views are a function of the seed given with each call
+    and the view's number alone.
+    """
+
+    def __init__(
+        self, global_crops_size=224, global_crops_scale=(0.35, 1.0), local_crops_number=4, local_crops_size=96, local_crops_scale=(0.05, 0.35)
+    ):
+        self.resolutions = [(2, global_crops_size, v2.RandomResizedCrop(global_crops_size, global_crops_scale))]
+        if local_crops_number:
+            self.resolutions.append((local_crops_number, local_crops_size, v2.RandomResizedCrop(local_crops_size, local_crops_scale)))
+        self.jitter = v2.ColorJitter(0.4, 0.4, 0.2, 0.1)
+
+    def __call__(self, image, seed):
+        """seed: a tuple of non-negative integers, (seed, epoch, index)."""
+        crops, rows, view = [], [], 0
+        with torch.random.fork_rng(devices=[]):    # torchvision draws from the global generator
+            for number, size, geometry in self.resolutions:
+                batch = []
+                for _ in range(number):
+                    torch.manual_seed(int(np.random.SeedSequence((*seed, view)).generate_state(1, np.uint64)[0]))
+                    crop, box = self._crop(image, size, geometry)
+                    batch.append(crop)
+                    rows.append(torch.cat([box, self._photometric_row(view)]))
+                    view += 1
+                crops.append(torch.stack(batch))
+        return Views(crops, torch.stack(rows))
+
+    def _crop(self, image, size, geometry):
+        """A resized crop (3, size, size), mirrored half of the time, and its box (5,)."""
+        H, W = image.shape[-2:]
+        where = geometry.make_params([image])
+        top, left, height, width = where["top"], where["left"], where["height"], where["width"]
+        crop = v2.functional.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BICUBIC, antialias=True)
+        flipped = torch.rand(()) < 0.5
+        if flipped:
+            crop = crop.flip(-1)
+        return crop, torch.tensor([left / W, top / H, (left + width) / W, (top + height) / H, float(flipped)])
+
+    def _photometric_row(self, view):
+        """The numbers of a row behind its box, (ROW - 5,)."""
+        def happens(probability):
+            return torch.rand(()) < probability
+
+        factors, order = [1.0, 1.0, 1.0, 0.0], [0, 1, 2, 3]
+        if happens(JITTER):
+            drawn = self.jitter.make_params([])
+            factors = [drawn[f"{name}_factor"] for name in ("brightness", "contrast", "saturation", "hue")]
+            order = drawn["fn_idx"].argsort().tolist()
+        grey = happens(GREYSCALE)
+        blurred = happens({0: BLUR_GLOBAL_1, 1: BLUR_GLOBAL_2}.get(view, BLUR_LOCAL))
+        sigma = float(torch.empty(()).uniform_(0.1, 2.0)) if blurred else 0.0
+        solarize = view == 1 and happens(SOLARIZE_GLOBAL_2)
+        return torch.tensor([*factors, *order, float(grey), sigma, float(solarize)])
+
+
+def collate(batch):
+    """Items of data.ViewsOfImages, B of them -> Views with crops (V, B, 3, S, S) and rows (views, B, ROW), view first as
+    networks and losses take them; and all their complaints in one list."""
+    views, complaints = zip(*batch)
+    crops = [torch.stack(same_resolution, dim=1) for same_resolution in zip(*(v.crops for v in views))]
+    return Views(crops, torch.stack([v.rows for v in views], dim=1)), sum(complaints, [])
+
+
+class Photometric(nn.Module):
+    """Colour jitter, grey, blur, solarize and normalisation of a batch, each image with the parameters of its own row."""
+
+    def forward(self, images, rows):
+        """images: uint8 (B, 3, H, W), rows: (B, ROW). Returns float32 (B, 3, H, W), normalised with MEAN and STD."""
+        x = _jitter(images.float() / 255, rows)
+        x = torch.where(_column(rows, GREY) > 0, _grey(x), x)
+        x = _blur(x, rows[:, SIGMA])
+        x = torch.where((_column(rows, SOLARIZE) > 0) & (x > 127.5 / 255), 1 - x, x)    # 128 of 255 and above
+        return normalize(x)
+
+
+def normalize(images):
+    """Colours in [0, 1], float (..., 3, H, W) -> what encoders take."""
+    return (images - images.new_tensor(MEAN)[:, None, None]) / images.new_tensor(STD)[:, None, None]
+
+
+def denormalize(images):
+    """The inverse of `normalize`, for pictures."""
+    return (images * images.new_tensor(STD)[:, None, None] + images.new_tensor(MEAN)[:, None, None]).clamp(0, 1)
+
+
+def _column(rows, i):
+    return rows[:, i, None, None, None]    # (B, 1, 1, 1)
+
+
+def _grey(x):
+    """Luma, (B, 1, H, W)."""
+    return 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+
+
+def _jitter(x, rows):
+    """torchvision's ColorJitter with factors and an order of its own for each image.
+
+    Brightness, contrast and saturation are one operation, a blend with black, with the mean grey or with the grey image,
+    so a step is a choice of what to blend with. Hue, the dear one, is computed once, between the steps before and after it.
+    """
+    hue_step = rows[:, ORDER][:, 3]
+    before = x
+    for step in range(3):
+        before = _blend(before, rows, step, hue_step > step)
+    x = _shift_hue(before, _column(rows, HUE))
+    for step in range(1, 4):
+        x = _blend(x, rows, step, hue_step < step)
+    return x
+
+
+def _blend(x, rows, step, active):
+    """The operation whose turn is `step`, where `active` (B,); others are left as they are."""
+    mine = (rows[:, ORDER][:, :3] == step) & active[:, None]                                     # (B, 3) one of the three, or none
+    brightness, contrast, saturation = (m[:, None, None, None] for m in mine.unbind(dim=1))      # (B, 1, 1, 1)
+    factor = torch.where(mine, rows[:, FACTORS], 1.0).prod(dim=1)[:, None, None, None]
+    grey = _grey(x)
+    other = torch.where(contrast, grey.mean(dim=(2, 3), keepdim=True), grey) * ~brightness
+    return (factor * x + (1 - factor) * other).clamp(0, 1)
+
+
+def _shift_hue(x, turns):
+    """Turn the hue of RGB images by `turns` of the colour wheel, through HSV."""
+    value, delta = x.amax(dim=1, keepdim=True), x.amax(dim=1, keepdim=True) - x.amin(dim=1, keepdim=True)
+    r, g, b = x.split(1, dim=1)
+    d = delta.clamp(min=1e-8)
+    hue = torch.where(value == r, (g - b) / d, torch.where(value == g, 2 + (b - r) / d, 4 + (r - g) / d)) + 6 * turns    # in sixths
+    k = (hue + hue.new_tensor([5.0, 3.0, 1.0])[:, None, None]) % 6    # (B, 3, H, W) for red, green, blue
+    return value - delta * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def _blur(x, sigma):
+    """Gaussian blur, an image its own sigma (B,) in pixels, as two products with (size x size) matrices; 0 leaves an image as it is.
+
+    At the border the weights inside the image are renormalised.
+    """
+    def matrix(size):
+        i = torch.arange(size, device=x.device)
+        d = (i[:, None] - i) / sigma.clamp(min=1e-2)[:, None, None]    # at 0.01 pixels all weight is on the pixel itself
+        weights = (-0.5 * d.square()).exp()                            # (B, size, size)
+        return (weights / weights.sum(dim=-1, keepdim=True))[:, None]
+
+    return matrix(x.shape[-2]) @ x @ matrix(x.shape[-1]).mT

@@ -1,0 +1,266 @@
+"""What a trained encoder is worth: weighted k-nearest neighbours and linear classification on frozen features.
+
+    python evaluate.py knn --pretrained_weights runs/demo/backbone.pth --data_path shapes
+    python evaluate.py linear --pretrained_weights runs/demo/backbone.pth --data_path shapes
+
+The protocols are DINO's. Weights may be a backbone.pth or checkpoint.pth of train.py, or a released file of DINO, iBOT,
+SERE or timm; data a folder with train/ and val/, or a name as for train.py.
+
+N images, C feature channels, K classes
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
+
+from augment import normalize
+from data import build_dataset
+from model import ARCHITECTURES, load_encoder
+
+
+class Transformed(Dataset):
+    """images[i] for i in indices, through `transform`: (uint8 image, label)."""
+
+    def __init__(self, images, transform, indices):
+        self.images, self.transform, self.indices = images, transform, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        image, label = self.images[self.indices[i]]
+        return self.transform(image), label
+
+
+def evaluation_crop(size):
+    """uint8 image -> uint8 (3, size, size): short side to size * 256 / 224, bicubic, then the centre."""
+    return v2.Compose([v2.Resize(round(size * 256 / 224), InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)])
+
+
+@torch.no_grad()
+def extract_features(encoder, images, indices, size, device, batch_size=128, num_workers=0, progress=None):
+    """The class token after the final norm, and the label, of images[i] for i in indices: (N, C), (N,) on `device`.
+
+    Each process computes its share and receives all. An unreadable image raises OSError.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = Transformed(images, evaluation_crop(size), indices[rank::world_size])
+    loader = DataLoader(share, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
+    features = torch.zeros(len(indices), encoder.dim, device=device)
+    labels = torch.zeros(len(indices), dtype=torch.long, device=device)
+    start = rank
+    for x, y in tqdm(loader, desc=progress, disable=None if rank == 0 else True, leave=False):
+        rows = slice(start, start + len(x) * world_size, world_size)
+        features[rows] = encoder.norm(encoder(normalize(x.to(device).float() / 255)))[:, 0].float()
+        labels[rows] = y.to(device)
+        start += len(x) * world_size
+    if world_size > 1:
+        dist.all_reduce(features), dist.all_reduce(labels)    # the others' rows are zero
+    return features, labels
+
+
+SIMILARITIES = 2**26    # held at a time, 256 MiB
+
+
+@torch.no_grad()
+def knn_votes(train_features, train_labels, test_features, k, temperature, classes):
+    """Votes of the k most similar training images, weighted with exp(similarity / temperature): (N, classes).
+
+    train_features (M, C), train_labels (M,), test_features (N, C); L2-normalised here, so that similarity is the cosine.
+    Works through the test images in chunks: memory stays bounded by SIMILARITIES at a time.
+    """
+    train = F.normalize(train_features.float(), dim=1)
+    votes = []
+    for chunk in F.normalize(test_features.float(), dim=1).split(max(1, SIMILARITIES // len(train))):
+        similarity, nearest = (chunk @ train.T).topk(min(k, len(train)), dim=1)    # (n, k)
+        weight = (similarity / temperature).exp()
+        votes.append(weight.new_zeros(len(chunk), classes).scatter_add_(1, train_labels[nearest], weight))
+    return torch.cat(votes)
+
+
+def knn_accuracy(encoder, train, val, size, device, ks=(20,), temperature=0.07, most=None, **loading):
+    """{k: top-1 accuracy in % on `val`}, by the labelled images of `train`, evenly thinned out to at most `most`."""
+    labelled = (train.labels >= 0).nonzero().flatten()
+    if most and len(labelled) > most:
+        labelled = labelled[torch.linspace(0, len(labelled) - 1, most).long()]
+    features, labels = extract_features(encoder, train, labelled.tolist(), size, device, progress="features of train", **loading)
+    test_features, test_labels = extract_features(encoder, val, range(len(val)), size, device, progress="features of val", **loading)
+    votes = {k: knn_votes(features, labels, test_features, k, temperature, train.classes) for k in ks}
+    return {k: 100 * (v.argmax(dim=1) == test_labels).float().mean().item() for k, v in votes.items()}
+
+
+# --- linear classification --------------------------------------------------------------------------------------------
+
+LEARNING_RATES = [m * 10.0**e for e in (-4, -3, -2, -1) for m in (1, 2, 5)] + [1.0]    # per 256 images
+
+
+def linear_features(encoder, images, blocks, mean_patch):
+    """Class tokens of the last `blocks` blocks, `norm` applied, side by side; mean_patch adds the last block's mean patch.
+
+    images (B, 3, H, W), normalised -> (B, blocks * C), or (B, (blocks + 1) * C).
+    """
+    layers = encoder.get_intermediate_layers(images, blocks)
+    parts = [layer[:, 0] for layer in layers] + ([layers[-1][:, 1:].mean(dim=1)] if mean_patch else [])
+    return torch.cat(parts, dim=-1).float()
+
+
+class Probes(nn.Module):
+    """Linear classifiers of the same features, one for each learning rate: (B, dim) -> (rates, B, classes)."""
+
+    def __init__(self, dim, classes, rates):
+        super().__init__()
+        self.probes = nn.ModuleList([nn.Linear(dim, classes) for _ in rates])
+        for probe in self.probes:
+            nn.init.normal_(probe.weight, std=0.01)
+            nn.init.zeros_(probe.bias)
+
+    def forward(self, features):
+        return torch.stack([probe(features) for probe in self.probes])
+
+
+def linear_accuracy(encoder, train, val, size, device, epochs=100, batch_size=128, rates=LEARNING_RATES, holdout=0.1, blocks=4, mean_patch=False, num_workers=0):
+    """DINO's linear evaluation: SGD with momentum, no weight decay, cosine to 0, random resized crops and flips.
+
+    All rates are trained side by side on the same batches. The one to report is chosen on the share `holdout` of the
+    training images, which are not trained on; with 0, on `val`, as iBOT does. Returns a list of (rate, accuracy on what
+    was held out, accuracy on val), in %, and the index of the chosen one.
+    """
+    labelled = (train.labels >= 0).nonzero().flatten()
+    held = torch.zeros(len(labelled), dtype=torch.bool)
+    held[torch.randperm(len(labelled))[: round(holdout * len(labelled))]] = True
+    augmentation = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+    loading = dict(batch_size=batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        Transformed(train, augmentation, labelled[~held].tolist()), shuffle=True, drop_last=int((~held).sum()) > batch_size,
+        persistent_workers=num_workers > 0, **loading,
+    )
+    crop = evaluation_crop(size)
+    held_loader = DataLoader(Transformed(train, crop, labelled[held].tolist()), **loading)
+    val_loader = DataLoader(Transformed(val, crop, range(len(val))), **loading)
+
+    probes = Probes((blocks + mean_patch) * encoder.dim, train.classes, rates).to(device)
+    groups = [{"params": probe.parameters(), "lr": rate * batch_size / 256} for probe, rate in zip(probes.probes, rates)]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+    @torch.no_grad()
+    def features(x):
+        with autocast:
+            return linear_features(encoder, normalize(x.to(device).float() / 255), blocks, mean_patch)
+
+    @torch.no_grad()
+    def accuracy(loader):
+        right = sum((probes(features(x)).argmax(dim=-1) == y.to(device)).sum(dim=1) for x, y in loader)
+        return (100 * right / len(loader.dataset)).tolist()
+
+    for _ in tqdm(range(epochs), desc="linear probes", unit="epoch", disable=None):
+        for x, y in loader:
+            logits, y = probes(features(x)), y.to(device)
+            # every probe has its own parameters, so the sum trains each as if alone
+            loss = F.cross_entropy(logits.flatten(0, 1), y.repeat(len(rates))) * len(rates)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+
+    on_val = accuracy(val_loader)
+    on_held = accuracy(held_loader) if held.any() else on_val
+    chosen = max(range(len(rates)), key=lambda i: on_held[i])
+    return list(zip(rates, on_held, on_val)), chosen
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    add("--pretrained_weights", required=True, help="backbone.pth or checkpoint.pth of train.py, or a released file of DINO, iBOT, SERE or timm")
+    add("--data_path", required=True, help="folder with train/ and val/, or a name as for train.py")
+    add("--arch", choices=list(ARCHITECTURES), help="what the weights must be; read off them if not given")
+    add("--checkpoint_key", default="teacher", help="network of a training checkpoint: teacher or student")
+    add("--image_size", type=int, help="side in pixels, after resizing the short side to 256 / 224 of it; the size trained at if not given")
+    add("--batch_size_per_gpu", type=int, default=128, help="images a forward pass")
+    add("--num_workers", type=int, default=min(10, os.cpu_count() or 1), help="loader processes")
+    add("--seed", type=int, default=0, help="of what is random: the linear probes, their crops and which images they hold out")
+    add("--json", metavar="FILE", help="write the result there too")
+
+    parser = argparse.ArgumentParser(prog="evaluate.py", usage="evaluate.py knn|linear --pretrained_weights FILE --data_path PATH [--flag value ...]", description=__doc__.split("\n")[0])
+    tasks = parser.add_subparsers(dest="task", required=True)
+    style = dict(parents=[common], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    knn = tasks.add_parser("knn", prog="evaluate.py", help="weighted k-nearest neighbours", usage="evaluate.py knn --pretrained_weights FILE --data_path PATH [--flag value ...]", **style)
+    knn.add_argument("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="k")
+    knn.add_argument("--temperature", type=float, default=0.07, help="votes weigh exp(similarity / temperature)")
+    linear = tasks.add_parser("linear", prog="evaluate.py", help="linear classification", usage="evaluate.py linear --pretrained_weights FILE --data_path PATH [--flag value ...]", **style)
+    linear.add_argument("--epochs", type=int, default=100, help="passes over the training images")
+    linear.add_argument("--lr", type=float, nargs="+", default=LEARNING_RATES, help="learning rates per 256 images, trained side by side")
+    linear.add_argument("--holdout", type=float, default=0.1, help="share of the training images kept to choose the rate on; 0: choose on val, as iBOT does")
+    linear.add_argument("--n_last_blocks", type=int, help="blocks whose class tokens are taken; 4, for vit_base and vit_large 1, if not given")
+    linear.add_argument("--avgpool_patchtokens", action=argparse.BooleanOptionalAction, help="the last block's mean patch too; for vit_base and vit_large if not given")
+    args = parser.parse_args(argv)
+
+    positive = {name: value for name, value in vars(args).items() if name in ("image_size", "batch_size_per_gpu", "epochs", "temperature", "n_last_blocks", "nb_knn", "lr")}
+    for name, value in positive.items():
+        if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
+            parser.error(f"--{name} must be above 0")
+    if args.task == "linear" and not 0 <= args.holdout < 1:
+        parser.error("--holdout must lie in [0, 1)")
+    return args
+
+
+def main(argv=None):
+    """Evaluate as the command line (a list of str; sys.argv if None) says; prints a table and returns the result as a dict."""
+    args = parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    try:
+        encoder = load_encoder(args.pretrained_weights, args.arch, args.checkpoint_key).to(device).requires_grad_(False)
+        train, val = build_dataset(args.data_path, "train"), build_dataset(args.data_path, "val")
+        if not train.classes:
+            raise ValueError(f"{args.data_path} has no labels: train/ needs a folder a class")
+    except (OSError, ValueError) as error:
+        sys.exit(f"evaluate.py: error: {error}")
+    size = args.image_size or encoder.grid * encoder.patch_size
+    if size % encoder.patch_size:
+        sys.exit(f"evaluate.py: error: --image_size {size} is not a multiple of the patch size {encoder.patch_size}")
+    result = {"task": args.task, "pretrained_weights": args.pretrained_weights, "data_path": args.data_path, "image_size": size, "train_images": int((train.labels >= 0).sum()), "val_images": len(val)}
+    loading = dict(batch_size=args.batch_size_per_gpu, num_workers=args.num_workers)
+    try:
+        if args.task == "knn":
+            accuracy = knn_accuracy(encoder, train, val, size, device, args.nb_knn, args.temperature, **loading)
+            result |= {"temperature": args.temperature, "top1": accuracy}
+            print(f"kNN, T = {args.temperature}, {size} px, {result['train_images']} training and {len(val)} validation images of {args.data_path}")
+            print("    k   top-1")
+            for k, value in accuracy.items():
+                print(f"{k:5d}  {value:5.1f} %")
+        else:
+            large = encoder.dim >= 768
+            blocks = args.n_last_blocks or (1 if large else 4)
+            mean_patch = large if args.avgpool_patchtokens is None else args.avgpool_patchtokens
+            rows, chosen = linear_accuracy(encoder, train, val, size, device, args.epochs, rates=args.lr, holdout=args.holdout, blocks=blocks, mean_patch=mean_patch, **loading)
+            result |= {"epochs": args.epochs, "batch_size": args.batch_size_per_gpu, "blocks": blocks, "mean_patch": mean_patch, "holdout": args.holdout}
+            result |= {"rates": [dict(zip(("lr", "held_out", "val"), row)) for row in rows], "lr": rows[chosen][0], "top1": rows[chosen][2]}
+            print(f"linear, class token of the last {blocks} block(s){' and mean patch' if mean_patch else ''}, {size} px, {args.epochs} epochs, batch {args.batch_size_per_gpu}; final epoch")
+            print("  lr / 256   held out     val")
+            for i, (rate, on_held, on_val) in enumerate(rows):
+                print(f"{rate:10g}    {on_held:5.1f} %  {on_val:5.1f} %{'  <- chosen ' + ('on the images held out' if args.holdout else 'on val') if i == chosen else ''}")
+    except OSError as error:
+        sys.exit(f"evaluate.py: error: {str(error).strip().splitlines()[-1]}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()

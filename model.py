@@ -1,0 +1,280 @@
+"""The encoder f, and the two networks that carry it: the student f₂ and its moving average, the teacher f₁ (Sec. 3.4).
+
+A Vision Transformer with the parameter names of timm and DINO, so that weights travel both ways.
+
+B batch (images or views), V views, N patches, C channels (dim), M attention heads
+"""
+
+import argparse
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def _qkv(self, x):
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # (3, B, M, 1 + N, C / M)
+
+    def forward(self, x):
+        """x: (B, 1 + N, C), and so is the result."""
+        q, k, v = self._qkv(x)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def attention_map(self, x):
+        """Who looks at whom: (B, M, 1 + N, 1 + N), rows sum to 1."""
+        q, k, _ = self._qkv(x)
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. With drop_path in training, each sample skips each of the two branches with that probability."""
+
+    def __init__(self, dim, heads, drop_path=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.drop_path = drop_path
+
+    def _drop(self, branch):
+        if not self.training or self.drop_path == 0:
+            return branch
+        # A tensor mask, not Python's random: a compiled graph would freeze the latter when it is traced.
+        keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * keep / (1 - self.drop_path)
+
+    def forward(self, x):
+        x = x + self._drop(self.attn(self.norm1(x)))
+        return x + self._drop(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images):
+        return self.proj(images)    # (B, C, H / patch, W / patch)
+
+
+def _resize_matrix(old, new, like):
+    """(new, old): bicubic resizing of a row of `old` values to `new`, not antialiased. Applied as a product, its gradient is deterministic."""
+    eye = torch.eye(old, device=like.device)[None, None]
+    return F.interpolate(eye, size=(new, old), mode="bicubic", align_corners=False)[0, 0].to(like.dtype)
+
+
+class VisionTransformer(nn.Module):
+    """ViT. image_size sets only the grid of the stored position embeddings: any size divisible by patch_size can be given.
+
+    Raises ValueError for an image whose sides patch_size does not divide.
+    """
+
+    def __init__(self, image_size=224, patch_size=16, dim=384, depth=12, heads=6, drop_path_rate=0.0):
+        super().__init__()
+        self.patch_size, self.dim = patch_size, dim
+        self.grid = image_size // patch_size
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
+        rates = torch.linspace(0, drop_path_rate, depth).tolist()    # stochastic depth grows with depth
+        self.blocks = nn.ModuleList([Block(dim, heads, rate) for rate in rates])
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def _position_embedding(self, height, width):
+        """(1, 1 + height * width, C), interpolated by size where the grid is another."""
+        if (height, width) == (self.grid, self.grid):
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].unflatten(1, (self.grid, self.grid))    # (1, g, g, C)
+        rows = _resize_matrix(self.grid, height, grid)
+        columns = _resize_matrix(self.grid, width, grid)
+        grid = torch.einsum("hi,wj,bijc->bhwc", rows, columns, grid)
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(1, 2)], dim=1)
+
+    def _embed(self, images):
+        if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
+            raise ValueError(f"images of {images.shape[-2]}x{images.shape[-1]} can't be cut into patches of {self.patch_size}")
+        patches = self.patch_embed(images)                                                         # (B, C, h, w)
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches.flatten(2).mT], dim=1)    # (B, 1 + N, C)
+        return tokens + self._position_embedding(*patches.shape[-2:])
+
+    def forward(self, images):
+        """images: (B, 3, H, W), normalised. Returns tokens (B, 1 + N, C) before the final norm: the class token, then the
+        feature map row by row. Self-relations use the latter as it is; a summary of the image is `norm(tokens)[:, 0]`."""
+        x = self._embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def get_intermediate_layers(self, images, n):
+        """Tokens after each of the last n blocks, `norm` applied: a list of (B, 1 + N, C)."""
+        x = self._embed(images)
+        layers = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= len(self.blocks) - n:
+                layers.append(self.norm(x))
+        return layers
+
+    def get_last_selfattention(self, images):
+        """The last block's attention map: (B, M, 1 + N, 1 + N)."""
+        x = self._embed(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.blocks[-1].attn.attention_map(self.blocks[-1].norm1(x))
+
+
+# Every dim but vit_nano's is timm's; nano is for the demo and the tests.
+ARCHITECTURES = {
+    "vit_nano": dict(dim=96, depth=4, heads=3),
+    "vit_tiny": dict(dim=192, depth=12, heads=3),
+    "vit_small": dict(dim=384, depth=12, heads=6),
+    "vit_base": dict(dim=768, depth=12, heads=12),
+    "vit_large": dict(dim=1024, depth=24, heads=16),
+}
+
+
+def build_encoder(arch, image_size=224, patch_size=16, drop_path_rate=0.0):
+    """An encoder of ARCHITECTURES by name."""
+    return VisionTransformer(image_size, patch_size, drop_path_rate=drop_path_rate, **ARCHITECTURES[arch])
+
+
+class Output(NamedTuple):
+    """What a network makes of V views of each of B images; None or [] where it has no such head."""
+
+    summary: torch.Tensor      # (V, B, C) class token after the final norm
+    embedding: torch.Tensor    # (V, B, K) of `head`: P(r) of Eq. 1
+    spatial: list              # by resolution, (V, B, C, N): p or g_p(p)
+    channel: list              # by resolution, (V, B, C, N): cᵀ or g_c(c)ᵀ
+
+
+class Network(nn.Module):
+    """An encoder and its heads: the student (all views) or the teacher (global views).
+
+    head: (B, C) -> (B, K), for L_I, or None. spatial, channel: a relation head, (B, C, N) -> (B, C, N), for each
+    resolution, or none. The encoder is called `backbone`, as in DINO's checkpoints.
+    """
+
+    def __init__(self, backbone, head=None, spatial=(), channel=()):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.spatial, self.channel = nn.ModuleList(spatial), nn.ModuleList(channel)
+        if head is None:
+            backbone.norm.requires_grad_(False)    # only the summary passes through it: it would wait for a gradient in vain
+
+    def forward(self, views):
+        """views: a list by resolution, global first, of images (V, B, 3, H, W); each resolution is one batch for the encoder."""
+        B = views[0].shape[1]
+        tokens = [self.backbone(images.flatten(0, 1)) for images in views]               # (V * B, 1 + N, C)
+        summary = self.backbone.norm(torch.cat([t[:, 0] for t in tokens]))               # (V * B, C), of all resolutions
+        features = [t[:, 1:].mT for t in tokens]                                         # (V * B, C, N): r, before the final norm
+        return Output(
+            summary=summary.unflatten(0, (-1, B)),
+            embedding=self.head(summary).unflatten(0, (-1, B)) if self.head is not None else None,
+            spatial=[h(r).unflatten(0, (-1, B)) for h, r in zip(self.spatial, features)],
+            channel=[h(r).unflatten(0, (-1, B)) for h, r in zip(self.channel, features)],
+        )
+
+
+@torch.no_grad()
+def update_teacher(student, teacher, momentum):
+    """θ₁ <- λθ₁ + (1 - λ)θ₂ for every parameter of the teacher, matched by name.
+
+    Raises KeyError where the student lacks one. Buffers stay each network's own.
+    """
+    theta2 = dict(student.named_parameters())
+    theta1 = dict(teacher.named_parameters())
+    torch._foreach_lerp_(list(theta1.values()), [theta2[name] for name in theta1], 1 - momentum)
+
+
+# --- weights from files ---------------------------------------------------------------------------------------------
+
+# Old releases pickle their command line, and NumPy floats in the optimizer's state. These classes and no others are let in.
+_HARMLESS = [
+    argparse.Namespace, np.dtype, np.float64, type(np.dtype(np.float64)),
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+]
+
+
+def read_encoder_weights(path, checkpoint_key="teacher"):
+    """The encoder's state dict in a file of this repository, DINO, iBOT, SERE's release or timm, on the CPU.
+
+    checkpoint_key: which network a training checkpoint is asked for. Returns (state dict under timm's names, dropped keys).
+    Raises ValueError where the file holds no ViT of those, OSError where it can't be read.
+    """
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:    # the unpickler's many ways of saying no
+        raise ValueError(f"{path} is no weights file that can be loaded safely: {str(error).splitlines()[0]}") from error
+    for key in (checkpoint_key, "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds no state dict")
+    state = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
+    parts = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+    encoder = {key: value for key, value in state.items() if key.startswith(parts)}
+    if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"} <= encoder.keys():
+        raise ValueError(f"{path} holds no ViT; its first keys are {list(state)[:5]}")
+    return encoder, sorted(state.keys() - encoder.keys())
+
+
+def load_encoder(path, arch=None, checkpoint_key="teacher"):
+    """An encoder, in eval mode, with a file's weights; what it is like is read off their shapes. Prints matched and dropped keys.
+
+    arch: a name of ARCHITECTURES that it must be. Raises ValueError where the weights are of another architecture,
+    naming keys and shapes, and as read_encoder_weights.
+    """
+    state, dropped = read_encoder_weights(path, checkpoint_key)
+    dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    grid = int((state["pos_embed"].shape[1] - 1) ** 0.5)
+    if arch is None:
+        found = [name for name, a in ARCHITECTURES.items() if (a["dim"], a["depth"]) == (dim, depth)]
+        if not found:
+            raise ValueError(f"{path}: no architecture of dim {dim} and depth {depth} is known; known: {', '.join(ARCHITECTURES)}")
+        arch = found[0]
+    encoder = build_encoder(arch, grid * patch_size, patch_size)
+    own = encoder.state_dict()
+    faults = [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in own if key in state and state[key].shape != own[key].shape]
+    faults += [f"{key} is missing" for key in own if key not in state] + [f"{key} is unknown" for key in state if key not in own]
+    if faults:
+        raise ValueError(f"{path} does not fit {arch}: " + "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else ""))
+    encoder.load_state_dict(state)
+    print(f"{path}: {arch}, patch size {patch_size}, {grid * patch_size} px; matched {len(state)} keys, dropped {len(dropped)}{': ' if dropped else ''}{_shorten(dropped)}")
+    return encoder.eval()
+
+
+def _shorten(keys):
+    """Top-level names and how many keys each: `head (8), predictor (2)`."""
+    names = [key.split(".")[0] for key in keys]
+    return ", ".join(f"{name} ({names.count(name)})" for name in dict.fromkeys(names))

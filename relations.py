@@ -1,0 +1,179 @@
+"""Feature self-relations and their losses, Sec. 3.2 to 3.4 of SERE. The contribution; read this file first.
+
+An image's patch features r (C x N) are turned into how they relate to each other: which patches resemble which
+(A_p, Eq. 2), which channels fire together (A_c, Eq. 4). Two views must agree on these relations (Eq. 3 and 5).
+
+    r  ->  h: BatchNorm, ReLU  ->  [g: linear, BatchNorm, ReLU; student only]  ->  ⊙ (A_p only)  ->  Gram matrix  ->  softmax
+
+B batch, C channels, N = H * W patches (or sampled points), M relation heads, G global views, V views of one resolution
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+
+from sampler import overlap, region_align
+
+
+def spatial_relation(features, heads, temperature=1.0):
+    """Eq. 2 before its softmax: pᵀp / √(C/M) / t_p within each of M groups of channels.
+
+    features: (B, C, N). Returns logits (B, heads, N, N). Raises ValueError where heads does not divide C.
+    """
+    B, C, N = features.shape
+    if C % heads:
+        possible = [m for m in range(1, C + 1) if C % m == 0 and m <= 64]
+        raise ValueError(f"{C} channels can't be split into {heads} relation heads; possible: {possible}")
+    p = features.reshape(B, heads, C // heads, N)
+    return p.mT @ p / (math.sqrt(C // heads) * temperature)    # (B, M, N, N)
+
+
+def channel_relation(features, temperature=1.0):
+    """Eq. 4 before its softmax: cᵀc / (H·W) / t_c, with c = featuresᵀ.
+
+    features: (B, C, N). Returns logits (B, C, C).
+    """
+    return features @ features.mT / (features.shape[-1] * temperature)    # (B, C, C)
+
+
+def cross_entropy(targets, logits):
+    """-Σ_j targets_ij log softmax(logits)_ij, mean over rows (and heads): (B, ..., N, N), twice -> (B,).
+
+    Rows of targets need not sum to 1: cross-entropy is linear in its target, so those of several teachers may be added up.
+    """
+    return -(targets * logits.log_softmax(dim=-1)).sum(dim=-1).flatten(1).mean(dim=1)
+
+
+def relation_cross_entropy(teacher_logits, student_logits):
+    """Re(G(A), A') of Eq. 3 and 5: cross-entropy of two relations, mean over rows (and heads).
+
+    Both logits: (B, ..., N, N). Returns (B,). No gradient reaches the teacher (G).
+    """
+    return cross_entropy(teacher_logits.detach().softmax(dim=-1), student_logits)
+
+
+def average_over_processes(x):
+    """Mean of x over all processes, differentiable; x itself when there is one process."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return all_reduce(x) / dist.get_world_size()
+    return x
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation of (B, C, N) over batch, patches and processes, from the batch at hand only.
+
+    nn.SyncBatchNorm refuses CPU tensors; and running statistics would have no reader, as heads are dropped after training.
+    Every process holds equally many images, so that the mean over processes is the mean over images.
+    """
+
+    def __init__(self, dim, eps=1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        mean = average_over_processes(x.mean(dim=(0, 2)))                      # (C,)
+        x = x - mean[:, None]
+        variance = average_over_processes(x.square().mean(dim=(0, 2)))         # (C,) centred first: features have large means
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return x * scale[:, None] + self.bias[:, None]
+
+
+class RelationHead(nn.Module):
+    """Projection h and, for the student, prediction g of Eq. 3 and 5.
+
+    h is BatchNorm and ReLU, g is linear (no bias), BatchNorm and ReLU; features stay (B, dim, N). The teacher has h
+    alone (predictor=False), and so has a symmetric student (Table 15).
+    """
+
+    def __init__(self, dim, predictor=True):
+        super().__init__()
+        self.norm = BatchNorm(dim)
+        self.predictor = nn.ModuleDict({"linear": nn.Linear(dim, dim, bias=False), "norm": BatchNorm(dim)}) if predictor else None
+
+    def project(self, x):
+        """h: patch features r (B, C, N) -> (B, C, N)."""
+        return F.relu(self.norm(x.float()))
+
+    def predict(self, z):
+        """g: projected features (B, C, N) -> (B, C, N)."""
+        z = self.predictor["linear"](z.mT).mT    # over channels
+        return F.relu(self.predictor["norm"](z.float()))
+
+    def forward(self, x):
+        z = self.project(x)
+        return z if self.predictor is None else self.predict(z)
+
+
+class SelfRelationLoss(nn.Module):
+    """L_p (Eq. 3) and L_c (Eq. 5) over all pairs of views: every global view teaches every other view.
+
+        for q in global views:          the teacher's
+            for v in all views:         the student's, global ones first; views q and v < G of the same index are one view
+                if v != q: the pair (q, v) counts
+
+    heads: M. temperature_spatial, temperature_channel: t_p, t_c of the network that `sharpen` names ("teacher" or
+    "student"); the other's are 1. overlap_global, overlap_local: points a side that ⊙ takes, from a pair of global
+    views and from a pair with a local one.
+    """
+
+    def __init__(self, heads=6, temperature_spatial=0.5, temperature_channel=0.1, sharpen="teacher", overlap_global=13, overlap_local=6):
+        super().__init__()
+        if sharpen not in ("teacher", "student"):
+            raise ValueError(f"sharpen is 'teacher' or 'student', not {sharpen!r}")
+        self.heads = heads
+        self.overlap_global, self.overlap_local = overlap_global, overlap_local
+        temperatures = (temperature_spatial, temperature_channel)
+        self.teacher_temperatures = temperatures if sharpen == "teacher" else (1.0, 1.0)
+        self.student_temperatures = temperatures if sharpen == "student" else (1.0, 1.0)
+
+    def spatial(self, teacher, student, boxes):
+        """L_p. Mean over the pairs that overlap, of all images and processes; 0 if none does.
+
+        teacher: p of the global views (G, B, C, N). student: a list by resolution, global first, of g_p(p) (V, B, C, N);
+        feature maps are square. boxes: (views, B, 5), in the order of the student's views.
+        """
+        t_teacher, t_student = self.teacher_temperatures[0], self.student_temperatures[0]
+        G = len(teacher)
+        total, pairs = 0.0, 0.0
+        for v, p2 in enumerate(p2 for views in student for p2 in views):
+            size = self.overlap_global if v < G else self.overlap_local
+            for q, p1 in enumerate(teacher):
+                if q == v:
+                    continue
+                region, valid = overlap(boxes[q], boxes[v])
+                o1 = region_align(_as_map(p1), boxes[q], region, size)              # (B, C, S * S)
+                o2 = region_align(_as_map(p2), boxes[v], region, size)              # (B, C, S * S)
+                re = relation_cross_entropy(spatial_relation(o1, self.heads, t_teacher), spatial_relation(o2, self.heads, t_student))
+                total = total + torch.where(valid, re, 0).sum()
+                pairs = pairs + valid.sum()
+        # DDP averages gradients over processes; dividing by the mean number of pairs makes that average the global mean.
+        return total / average_over_processes(pairs.float()).clamp(min=1e-6)
+
+    def channel(self, teacher, student):
+        """L_c. Mean over all pairs and images; teacher, student as in `spatial`, with c for p. No alignment: A_c has no spatial axis."""
+        t_teacher, t_student = self.teacher_temperatures[1], self.student_temperatures[1]
+        targets = [channel_relation(c1.detach(), t_teacher).softmax(dim=-1) for c1 in teacher]    # G times (B, C, C)
+        total, pairs = 0.0, 0
+        for v, c2 in enumerate(c2 for views in student for c2 in views):
+            teachers = [A for q, A in enumerate(targets) if q != v]
+            total = total + cross_entropy(sum(teachers), channel_relation(c2, t_student)).mean()    # the sum over its teachers
+            pairs += len(teachers)
+        return total / pairs
+
+    def forward(self, teacher, student, boxes):
+        """(L_p, L_c) from two networks' outputs, each with lists `.spatial` and `.channel` by resolution; 0 for an empty list."""
+        zero = boxes.new_zeros(())
+        l_p = self.spatial(teacher.spatial[0], student.spatial, boxes) if student.spatial else zero
+        l_c = self.channel(teacher.channel[0], student.channel) if student.channel else zero
+        return l_p, l_c
+
+
+def _as_map(features):
+    """(B, C, N) -> (B, C, √N, √N): views are square."""
+    return features.unflatten(-1, (math.isqrt(features.shape[-1]), -1))

@@ -1,0 +1,1291 @@
+"""One check per claim, in the files' order: sampler, relations, augment, baselines, model, data, evaluate, visualize, train.
+
+    python -m pytest
+
+Tolerances: float32 arithmetic in another order differs in the last of about 7 digits, so 1e-5 relative and 1e-6 absolute unless
+a line says why it is more. What needs CUDA is skipped without it.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import pickle
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision.ops import roi_align
+from torchvision.transforms import v2
+
+import augment
+import baselines
+import data
+import evaluate
+import model
+import relations
+import sampler
+import train
+import visualize
+
+HERE = Path(__file__).parent
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def close(a, b, rtol=1e-5, atol=1e-6):
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def random_boxes(B, low=0.3, high=1.0):
+    """(B, 5) boxes of sides in [low, high] anywhere in the image, half of them mirrored."""
+    size = low + (high - low) * torch.rand(B, 2)
+    corner = torch.rand(B, 2) * (1 - size)
+    return torch.cat([corner, corner + size, (torch.rand(B, 1) < 0.5).float()], dim=1)
+
+
+# --- sampler ----------------------------------------------------------------------------------------------------------
+
+
+def test_overlap_is_the_intersection():
+    a = torch.tensor([[0.0, 0.0, 0.5, 0.5, 0], [0.0, 0.0, 0.5, 0.5, 1], [0.0, 0.0, 0.4, 1.0, 0]])
+    b = torch.tensor([[0.25, 0.1, 1.0, 0.4, 1], [0.5, 0.0, 1.0, 0.5, 0], [0.6, 0.0, 1.0, 1.0, 0]])
+    region, valid = sampler.overlap(a, b)
+    close(region[0], torch.tensor([0.25, 0.1, 0.5, 0.4]))
+    assert valid.tolist() == [True, False, False]    # views that only touch share no area
+    assert region.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1, 6, 13])
+def test_region_align_is_torchvisions_roi_align_of_the_unflipped_view(size):
+    B, H, W = 16, 9, 12
+    features, boxes, others = torch.randn(B, 5, H, W), random_boxes(B), random_boxes(B)
+    region, valid = sampler.overlap(boxes, others)
+    unflipped = torch.where(boxes[:, 4, None, None, None] > 0, features.flip(-1), features)
+    low, size_of_view = boxes[:, [0, 1, 0, 1]], (boxes[:, 2:4] - boxes[:, :2]).repeat(1, 2)
+    rois = (region - low) / size_of_view * torch.tensor([W, H, W, H])
+    expected = roi_align(unflipped, list(rois.split(1)), output_size=size, sampling_ratio=1, aligned=True).flatten(2)
+    assert valid.sum() > 8
+    close(sampler.region_align(features, boxes, region, size)[valid], expected[valid], atol=1e-5)
+
+
+def test_region_align_follows_crop_resize_and_flip():
+    """A ramp image, whose pixels are their own coordinates, sent through MultiCrop: both views read the same coordinates at
+    the same place, and those are the centres of the region's cells."""
+    S = 256
+    ramp = torch.arange(S, dtype=torch.uint8)
+    image = torch.stack([ramp.expand(S, S), ramp[:, None].expand(S, S), torch.zeros(S, S, dtype=torch.uint8)])    # red is x, green is y
+    multicrop = augment.MultiCrop(96, (0.5, 1.0), 1, 48, (0.3, 0.5))
+    flips, checked = set(), 0
+    for index in range(12):
+        views = multicrop(image, (0, 0, index))
+        boxes = views.rows[:, augment.BOX]
+        flips.add(tuple(boxes[:, 4].tolist()))
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            region, valid = sampler.overlap(boxes[a][None], boxes[b][None])
+            if not valid:
+                continue
+            maps = [(views.crops[0][i] if i < 2 else views.crops[1][0])[None, :2].float() for i in (a, b)]
+            seen = [sampler.region_align(m, boxes[i][None], region, 6) for m, i in zip(maps, (a, b))]
+            x, y = (region[0, i] + (region[0, i + 2] - region[0, i]) * (torch.arange(6) + 0.5) / 6 for i in (0, 1))
+            expected = torch.stack([x.expand(6, 6), y[:, None].expand(6, 6)]).flatten(1)[None] * S - 0.5    # pixel i is centred on i + 0.5
+            for s in seen:    # a value is rounded to 0.5; at the image's border bicubic crops are up to a pixel off
+                close(s, expected, rtol=0, atol=1.5)
+                assert (s - expected).abs().mean() < 0.4
+            checked += 1
+    assert checked > 20 and len(flips) > 3
+
+
+def test_region_align_keeps_a_constant_map_constant():
+    """No border bleeds in: a relation of a constant map is uniform (the release's zero padding breaks this)."""
+    boxes, region = torch.tensor([[0.2, 0.2, 0.6, 0.6, 1.0]]), torch.tensor([[0.2, 0.2, 0.6, 0.6]])
+    close(sampler.region_align(torch.ones(1, 3, 4, 4), boxes, region, 13), torch.ones(1, 3, 169))
+
+
+# --- relations --------------------------------------------------------------------------------------------------------
+
+
+def softmax(row):
+    e = np.exp(np.array(row, dtype=np.float64) - max(row))
+    return e / e.sum()
+
+
+def test_spatial_relation_is_equation_2_in_each_of_M_groups():
+    B, C, N, M, t = 2, 12, 5, 3, 0.5
+    p = torch.randn(B, C, N)
+    A = relations.spatial_relation(p, M, t).softmax(dim=-1)
+    assert A.shape == (B, M, N, N)
+    for b in range(B):
+        for m in range(M):
+            group = p[b, m * C // M : (m + 1) * C // M]    # neighbouring channels form a group
+            for i in range(N):
+                row = [float(sum(group[k, i] * group[k, j] for k in range(C // M))) / math.sqrt(C // M) / t for j in range(N)]
+                close(A[b, m, i].double(), torch.from_numpy(softmax(row)))
+
+
+def test_channel_relation_is_equation_4():
+    B, C, N, t = 2, 4, 9, 0.1
+    c = torch.randn(B, C, N)
+    A = relations.channel_relation(c, t).softmax(dim=-1)
+    for b in range(B):
+        for i in range(C):
+            row = [float(sum(c[b, i, n] * c[b, j, n] for n in range(N))) / N / t for j in range(C)]
+            close(A[b, i].double(), torch.from_numpy(softmax(row)), rtol=1e-4)    # logits of a few tens: their rounding shows in the exponential
+
+
+def test_relation_cross_entropy_is_torchs_and_teaches_the_student_only():
+    teacher, student = torch.randn(3, 2, 5, 5, requires_grad=True), torch.randn(3, 2, 5, 5, requires_grad=True)
+    re = relations.relation_cross_entropy(teacher, student)
+    expected = F.cross_entropy(student.reshape(-1, 5), teacher.reshape(-1, 5).softmax(dim=-1), reduction="none").reshape(3, -1).mean(dim=1)
+    close(re, expected)
+    re.sum().backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+
+
+def test_relations_of_identical_views_agree():
+    """Then the cross-entropy is the entropy, its minimum, and its gradient is zero."""
+    x, boxes = torch.randn(4, 12, 16), random_boxes(4)
+    region, _ = sampler.overlap(boxes, boxes)
+    a, b = (sampler.region_align(x.unflatten(-1, (4, 4)), boxes, region, 4).requires_grad_() for _ in range(2))
+    logits = relations.spatial_relation(a, 3)
+    re = relations.relation_cross_entropy(logits, relations.spatial_relation(b, 3))
+    close(re, torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1).mean(dim=(1, 2)))
+    re.sum().backward()
+    close(b.grad, torch.zeros_like(b))
+
+
+def test_sampling_then_relating_equals_relating_then_sampling():
+    """Identity 1: ⊙ is linear, so the relation of sampled features is the sampled relation of all features."""
+    x, boxes = torch.randn(3, 8, 5, 5), random_boxes(3)
+    region = torch.stack([boxes[:, 0] + 0.1, boxes[:, 1] + 0.05, boxes[:, 2] - 0.1, boxes[:, 3] - 0.05], dim=1)
+    first = relations.spatial_relation(sampler.region_align(x, boxes, region, 3), 2)                         # (B, M, 9, 9)
+    full = relations.spatial_relation(x.flatten(2), 2).flatten(1, 2)                                          # (B, M * 25, 25)
+    columns = sampler.region_align(full.unflatten(-1, (5, 5)), boxes, region, 3)                              # (B, M * 25, 9)
+    rows = columns.unflatten(1, (2, 25)).transpose(1, 2).flatten(2).mT                                        # (B, M * 9, 25)
+    rows = sampler.region_align(rows.unflatten(-1, (5, 5)), boxes, region, 3).unflatten(1, (2, 9)).mT         # (B, M, 9, 9)
+    close(first, rows, atol=1e-5)
+
+
+def test_batch_norm_is_torchs_in_training_mode():
+    norm = relations.BatchNorm(6)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = (5 + 0.1 * torch.randn(4, 6, 7)).requires_grad_()    # a mean far above the spread, as ViT features have
+    expected = F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)
+    close(norm(x), expected, rtol=1e-4, atol=1e-5)    # both divide a difference of large numbers by a small spread
+    weights = torch.randn_like(expected)
+    close(*(torch.autograd.grad((y * weights).sum(), x)[0] for y in (norm(x), expected)), rtol=1e-3, atol=1e-4)
+    assert not list(norm.buffers())
+
+
+def test_relation_head_is_h_and_for_the_student_g():
+    x, student, teacher = torch.randn(3, 6, 7), relations.RelationHead(6), relations.RelationHead(6, predictor=False)
+    h = F.relu(F.batch_norm(x, None, None, training=True))
+    close(student.project(x), h, atol=1e-5)
+    g = torch.einsum("dc,bcn->bdn", student.predictor["linear"].weight, h)
+    close(student(x), F.relu(F.batch_norm(g, None, None, training=True)), atol=1e-5)
+    close(teacher(x), h, atol=1e-5)
+    assert set(dict(teacher.named_parameters())) == {"norm.weight", "norm.bias"}    # no g, and h has no linear layer
+    assert set(dict(student.predictor.named_parameters())) == {"linear.weight", "norm.weight", "norm.bias"}    # no bias in the linear layer
+
+
+def views_of_relations(B=5, C=12, locals=3):
+    """Random teacher and student features as networks give them, and boxes; image 0's last local view overlaps nothing."""
+    teacher = [torch.rand(2, B, C, 49)]
+    student = [torch.rand(2, B, C, 49, requires_grad=True)] + ([torch.rand(locals, B, C, 9, requires_grad=True)] if locals else [])
+    boxes = torch.stack([random_boxes(B, *((0.6, 1.0) if v < 2 else (0.2, 0.6))) for v in range(2 + locals)])
+    boxes[:-1, 0, :4], boxes[-1, 0, :4] = torch.tensor([0.0, 0.0, 0.5, 0.7]), torch.tensor([0.6, 0.1, 0.9, 0.5])
+    return teacher, student, boxes
+
+
+def plain_loss(loss, teacher, student, boxes):
+    """Eq. 3 and 5 pair by pair, each from the plain functions; and how many pairs went into each."""
+    student = [view for resolution in student for view in resolution]
+    l_p, l_c = [], []
+    for q in range(2):
+        for v in range(len(student)):
+            if v == q:
+                continue
+            l_c.append(relations.relation_cross_entropy(
+                relations.channel_relation(teacher[0][q], loss.teacher_temperatures[1]), relations.channel_relation(student[v], loss.student_temperatures[1])))
+            region, valid = sampler.overlap(boxes[q], boxes[v])
+            size = loss.overlap_global if v < 2 else loss.overlap_local
+            for b in valid.nonzero().flatten().tolist():
+                one = slice(b, b + 1)
+                maps = [x[one].unflatten(-1, (math.isqrt(x.shape[-1]), -1)) for x in (teacher[0][q], student[v])]
+                points = [sampler.region_align(m, boxes[i][one], region[one], size) for m, i in zip(maps, (q, v))]
+                l_p.append(relations.relation_cross_entropy(
+                    relations.spatial_relation(points[0], loss.heads, loss.teacher_temperatures[0]), relations.spatial_relation(points[1], loss.heads, loss.student_temperatures[0])))
+    return torch.cat(l_p).mean(), torch.cat(l_c).mean(), len(l_p), len(l_c)
+
+
+@pytest.mark.parametrize("sharpen", ["teacher", "student"])
+@pytest.mark.parametrize("locals", [0, 1, 3])
+def test_self_relation_loss_equals_the_plain_form_values_and_gradients(sharpen, locals):
+    """Which pairs are used: 2 (1 + locals) for L_c, those of them that overlap for L_p; identity 2 (summed targets) changes nothing."""
+    teacher, student, boxes = views_of_relations(locals=locals)
+    loss = relations.SelfRelationLoss(3, 0.5, 0.1, sharpen, overlap_global=5, overlap_local=2)
+    expected_p, expected_c, pairs_p, pairs_c = plain_loss(loss, teacher, student, boxes)
+    assert pairs_c == 2 * (1 + locals) and pairs_p < 2 * (1 + locals) * 5 + (locals == 0)
+    for value, expected in ((loss.spatial(teacher[0], student, boxes), expected_p), (loss.channel(teacher[0], student), expected_c)):
+        close(value, expected)
+        for a, b in zip(torch.autograd.grad(value, student, allow_unused=True), torch.autograd.grad(expected, student, allow_unused=True)):
+            assert (a is None) == (b is None)
+            if a is not None:
+                close(a, b, atol=1e-7)
+
+
+def test_sharpening_divides_the_named_networks_logits():
+    """Both readings of who gets t_p and t_c exist, and differ."""
+    teacher, student, boxes = views_of_relations()
+    values = {who: relations.SelfRelationLoss(3, 0.5, 0.1, who, 5, 2).channel(teacher[0], student) for who in ("teacher", "student")}
+    plain = relations.SelfRelationLoss(3, 1.0, 1.0, "teacher", 5, 2)
+    plain.teacher_temperatures = (1.0, 0.1)
+    close(values["teacher"], plain.channel(teacher[0], student))
+    assert abs(values["teacher"] - values["student"]) > 0.01
+    with pytest.raises(ValueError, match="sharpen"):
+        relations.SelfRelationLoss(sharpen="both")
+
+
+def test_views_without_overlap_contribute_neither_value_nor_gradient():
+    teacher, student, boxes = views_of_relations(locals=1)
+    loss = relations.SelfRelationLoss(3, overlap_global=5, overlap_local=2)
+    value = loss.spatial(teacher[0], student, boxes)
+    value.backward()
+    assert student[1].grad[0, 0].abs().sum() == 0 and student[1].grad[0, 1].abs().sum() > 0    # image 0's local view overlaps nothing
+    with torch.no_grad():
+        student[1][0, 0] += 100
+    close(loss.spatial(teacher[0], student, boxes), value)
+
+    boxes[0], boxes[1:] = torch.tensor([0.0, 0.0, 0.3, 1.0, 0.0]), torch.tensor([0.5, 0.0, 1.0, 1.0, 0.0])
+    boxes[1], boxes[2] = torch.tensor([0.4, 0.0, 0.6, 1.0, 0.0]), torch.tensor([0.7, 0.0, 1.0, 1.0, 0.0])
+    nothing = loss.spatial(teacher[0], student, boxes)
+    assert nothing == 0 and nothing.requires_grad    # still in the graph
+
+
+def test_impossible_relation_heads_name_the_possible_ones():
+    with pytest.raises(ValueError, match=r"10 channels .* 3 relation heads; possible: \[1, 2, 5, 10\]"):
+        relations.spatial_relation(torch.zeros(1, 10, 4), 3)
+
+
+# --- augment ----------------------------------------------------------------------------------------------------------
+
+
+def picture(H=90, W=120):
+    """A smooth uint8 image with some of everything in it."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, H), torch.linspace(0, 1, W), indexing="ij")
+    return (255 * torch.stack([x, (x + y) / 2, 1 - y * x]) * (0.6 + 0.4 * torch.sin(20 * x * y))).to(torch.uint8)
+
+
+def test_views_are_a_function_of_seed_epoch_index_and_view():
+    multicrop, image = augment.MultiCrop(32, (0.4, 1.0), 3, 16, (0.1, 0.4)), picture()
+    views = multicrop(image, (0, 1, 2))
+    assert [tuple(c.shape) for c in views.crops] == [(2, 3, 32, 32), (3, 3, 16, 16)] and views.rows.shape == (5, augment.ROW)
+    torch.manual_seed(123)    # whatever state a worker is in
+    state = torch.get_rng_state()
+    again = multicrop(image, (0, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)    # and it is left alone
+    assert torch.equal(views.rows, again.rows) and all(torch.equal(a, b) for a, b in zip(views.crops, again.crops))
+    for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
+        assert not torch.equal(views.rows, multicrop(image, other).rows)
+    assert len({tuple(row.tolist()) for row in views.rows}) == 5    # views differ from each other
+    fewer = augment.MultiCrop(32, (0.4, 1.0), 1, 16, (0.1, 0.4))(image, (0, 1, 2))
+    assert torch.equal(fewer.rows, views.rows[:3])    # a view does not depend on how many follow
+
+
+def test_crops_have_the_area_asked_for_and_a_box_inside_the_image():
+    multicrop, image = augment.MultiCrop(32, (0.4, 0.9), 2, 16, (0.1, 0.3)), picture()
+    rows = torch.stack([multicrop(image, (0, 0, i)).rows for i in range(100)])
+    x0, y0, x1, y1, flipped = rows[:, :, augment.BOX].unbind(dim=-1)
+    assert (x0 >= 0).all() and (y0 >= 0).all() and (x1 <= 1).all() and (y1 <= 1).all()
+    area = (x1 - x0) * (y1 - y0)
+    assert area[:, :2].min() > 0.38 and area[:, :2].max() < 0.92 and area[:, 2:].min() > 0.09 and area[:, 2:].max() < 0.32    # sides are whole pixels
+    assert 0.4 < flipped.mean() < 0.6    # 400 coins: 0.025 standard deviation
+
+
+def test_parameters_follow_dinos_distributions():
+    multicrop, image = augment.MultiCrop(8, (0.5, 1.0), 2, 8, (0.2, 0.5)), picture(20, 20)
+    rows = torch.stack([multicrop(image, (0, 0, i)).rows for i in range(500)])    # (images, views, ROW)
+    factors, hue = rows[:, :, augment.FACTORS], rows[:, :, augment.HUE]
+    jittered = (factors != 1).any(dim=-1)
+
+    def share(x, expected):    # within four standard deviations
+        n = x.numel()
+        assert abs(x.float().mean() - expected) <= 4 * (expected * (1 - expected) / n) ** 0.5, (x.float().mean(), expected)
+
+    share(jittered, 0.8)
+    share(rows[:, :, augment.GREY], 0.2)
+    for view, probability in ((0, 1.0), (1, 0.1), (2, 0.5), (3, 0.5)):
+        share(rows[:, view, augment.SIGMA] > 0, probability)
+        share(rows[:, view, augment.SOLARIZE], 0.2 if view == 1 else 0.0)
+    for values, low, high in ((factors[..., 0][jittered], 0.6, 1.4), (factors[..., 1][jittered], 0.6, 1.4), (factors[..., 2][jittered], 0.8, 1.2),
+                              (hue[jittered], -0.1, 0.1), (rows[:, 0, augment.SIGMA], 0.1, 2.0)):
+        assert values.min() >= low and values.max() <= high
+        spread = (high - low) / 12**0.5    # uniform
+        assert abs(values.mean() - (low + high) / 2) < 4 * spread / values.numel() ** 0.5 and abs(values.std() / spread - 1) < 0.1
+    orders = rows[:, :, augment.ORDER][jittered]
+    assert (orders.sort(dim=-1).values == torch.arange(4.0)).all() and len({tuple(o.tolist()) for o in orders}) == 24
+    for position in range(4):
+        share(orders[:, 3] == position, 0.25)    # hue comes anywhere
+
+
+def row(**values):
+    """A row that changes nothing but what is named."""
+    r = torch.zeros(augment.ROW)
+    r[augment.BOX], r[augment.FACTORS], r[augment.ORDER] = torch.tensor([0, 0, 1, 1, 0.0]), 1.0, torch.arange(4.0)
+    for name, value in values.items():
+        r[getattr(augment, name)] = torch.as_tensor(value, dtype=torch.float32)
+    return r
+
+
+def photometric(image, *rows):
+    """Photometric of one image under several rows at once, back in [0, 1]."""
+    return augment.denormalize(augment.Photometric()(image.expand(len(rows), -1, -1, -1), torch.stack(rows)))
+
+
+def test_photometric_applies_each_samples_own_parameters_as_torchvision_does():
+    image = picture()
+    x = image.float() / 255
+    f = v2.functional
+    cases = [
+        (row(), x),
+        (row(FACTORS=[1.3, 1, 1]), f.adjust_brightness(x, 1.3)),
+        (row(FACTORS=[1, 0.7, 1]), f.adjust_contrast(x, 0.7)),
+        (row(FACTORS=[1, 1, 1.2]), f.adjust_saturation(x, 1.2)),
+        (row(HUE=0.1), f.adjust_hue(x, 0.1)),
+        (row(HUE=-0.07), f.adjust_hue(x, -0.07)),
+        (row(GREY=1), f.rgb_to_grayscale(x, 3)),
+        (row(SOLARIZE=1), torch.where(x >= 128 / 255, 1 - x, x)),
+    ]
+    done = photometric(image, *(r for r, _ in cases))    # one batch
+    for (_, expected), ours in zip(cases, done):
+        close(ours, expected, rtol=0, atol=2e-3)    # torchvision's grey has weights of four digits (0.2989, ...)
+
+
+def test_photometric_keeps_each_samples_own_order():
+    image, factors, hue = picture(), [1.4, 0.6, 1.2], 0.1
+    orders = [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1]]
+    done = photometric(image, *(row(FACTORS=factors, HUE=hue, ORDER=order) for order in orders))
+    steps = [v2.functional.adjust_brightness, v2.functional.adjust_contrast, v2.functional.adjust_saturation, v2.functional.adjust_hue]
+    for order, ours in zip(orders, done):
+        x = image.float() / 255
+        for operation in sorted(range(4), key=lambda i: order[i]):
+            x = steps[operation](x, ([*factors, hue])[operation])
+        close(ours, x, rtol=0, atol=5e-3)    # the grey weights again, through four steps
+    assert (done[0] - done[1]).abs().max() > 0.05    # the order matters
+
+
+def test_blur_is_a_gaussian():
+    image = torch.zeros(3, 41, 41, dtype=torch.uint8)
+    image[:, 20, 20] = 255
+    for sigma, ours in zip((0.5, 2.0), photometric(image, row(SIGMA=0.5), row(SIGMA=2.0))):
+        close(ours, v2.functional.gaussian_blur(image.float() / 255, [39, 39], [sigma, sigma]), rtol=0, atol=1e-5)
+    flat = torch.full((3, 9, 9), 100, dtype=torch.uint8)
+    close(photometric(flat, row(SIGMA=2.0))[0], flat / 255, atol=1e-5)    # brightness is kept, at the border too
+
+
+# --- baselines --------------------------------------------------------------------------------------------------------
+
+
+def test_dino_loss_equals_a_loop_over_pairs_of_different_views():
+    V, G, B, K, teacher_temp = 5, 2, 3, 7, 0.04
+    loss = baselines.DINOLoss(K, student_temp=0.1)
+    loss.center.normal_(std=0.1)
+    student, teacher = torch.randn(V, B, K, requires_grad=True), torch.randn(G, B, K, requires_grad=True)
+    pairs = [(q, v) for q in range(G) for v in range(V) if q != v]
+    expected = sum(
+        F.cross_entropy(student[v] / 0.1, ((teacher[q].detach() - loss.center) / teacher_temp).softmax(dim=-1)) for q, v in pairs) / len(pairs)
+    value = loss(student, teacher, teacher_temp)
+    assert len(pairs) == 8
+    close(value, expected)
+    close(*(torch.autograd.grad(x, student, retain_graph=True)[0] for x in (value, expected)))
+    value.backward()
+    assert teacher.grad is None
+
+
+def test_dino_centre_by_hand_once_a_step():
+    loss, (a, b) = baselines.DINOLoss(4, center_momentum=0.9), torch.randn(2, 2, 3, 4)
+    loss.center.fill_(1.0)
+    loss(torch.randn(3, 3, 4), a, 0.04), loss(torch.randn(3, 3, 4), b, 0.04)    # two batches of one optimizer step
+    close(loss.center, torch.ones(4))    # a forward pass leaves it
+    loss.update_center()
+    close(loss.center, 0.9 + 0.1 * torch.cat([a, b]).mean(dim=(0, 1)))
+    loss(torch.randn(3, 3, 4), a, 0.04)
+    loss.update_center()
+    close(loss.center, 0.9 * (0.9 + 0.1 * torch.cat([a, b]).mean(dim=(0, 1))) + 0.1 * a.mean(dim=(0, 1)))
+    assert set(loss.state_dict()) == {"center"}
+
+
+def test_dino_head_gives_cosines_and_is_the_paper_s_shape():
+    head, x = baselines.DINOHead(12, 9, norm_last_layer=True), torch.randn(5, 12)
+    bottleneck = head.mlp(x)
+    close(head(x), F.cosine_similarity(bottleneck[:, None], head.last_layer.weight[None], dim=-1))
+    assert [tuple(p.shape) for p in head.parameters()] == [(2048, 12), (2048,), (2048, 2048), (2048,), (256, 2048), (256,), (9, 256), (9,)]
+    assert not head.last_layer.scale.requires_grad and baselines.DINOHead(12, 9, norm_last_layer=False).last_layer.scale.requires_grad
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+
+
+def tiny_vit(**rest):
+    return model.VisionTransformer(**(dict(image_size=32, patch_size=8, dim=12, depth=2, heads=3) | rest))
+
+
+def test_vit_equals_explicit_softmax_attention():
+    vit, images = tiny_vit(), torch.randn(2, 3, 32, 32)
+    p = dict(vit.named_parameters())
+    patches = F.unfold(images, 8, stride=8).mT @ p["patch_embed.proj.weight"].flatten(1).T + p["patch_embed.proj.bias"]    # (B, N, C)
+    x = torch.cat([p["cls_token"].expand(2, 1, 12), patches], dim=1) + p["pos_embed"]
+    for i in range(2):
+        w = {name.removeprefix(f"blocks.{i}."): value for name, value in p.items() if name.startswith(f"blocks.{i}.")}
+        y = F.layer_norm(x, (12,), w["norm1.weight"], w["norm1.bias"], eps=1e-6) @ w["attn.qkv.weight"].T + w["attn.qkv.bias"]
+        q, k, v = y.split(12, dim=-1)
+        heads = []
+        for m in range(3):    # 4 channels a head
+            one = slice(4 * m, 4 * m + 4)
+            attention = (q[..., one] @ k[..., one].mT / math.sqrt(4)).softmax(dim=-1)
+            heads.append(attention @ v[..., one])
+        x = x + torch.cat(heads, dim=-1) @ w["attn.proj.weight"].T + w["attn.proj.bias"]
+        y = F.layer_norm(x, (12,), w["norm2.weight"], w["norm2.bias"], eps=1e-6)
+        x = x + F.gelu(y @ w["mlp.fc1.weight"].T + w["mlp.fc1.bias"]) @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"]
+    close(vit(images), x)    # before the final norm
+    layers = vit.get_intermediate_layers(images, 2)
+    close(layers[-1], vit.norm(x))
+    assert len(layers) == 2
+
+
+def test_attention_map_is_what_the_last_block_computes():
+    vit, images = tiny_vit(), torch.randn(2, 3, 32, 32)
+    attention = vit.get_last_selfattention(images)
+    assert attention.shape == (2, 3, 17, 17)
+    close(attention.sum(dim=-1), torch.ones(2, 3, 17))
+    attn, x = vit.blocks[0].attn, torch.randn(2, 17, 12)
+    v = attn._qkv(x)[2]
+    close(attn(x), attn.proj((attn.attention_map(x) @ v).transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("height, width", [(16, 16), (32, 48), (64, 24)])
+def test_vit_takes_any_size_its_patches_divide(height, width):
+    vit = tiny_vit()
+    assert vit(torch.randn(1, 3, height, width)).shape == (1, 1 + height * width // 64, 12)
+    grid = vit.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    expected = F.interpolate(grid, size=(height // 8, width // 8), mode="bicubic", align_corners=False).flatten(2).mT
+    close(vit._position_embedding(height // 8, width // 8)[:, 1:], expected)
+    with pytest.raises(ValueError, match="30x32 .* patches of 8"):
+        vit(torch.randn(1, 3, 30, 32))
+
+
+def test_parameter_names_and_shapes_are_timms():
+    state = model.build_encoder("vit_small").state_dict()
+    block = ["norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
+             "norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"]
+    names = ["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"]
+    assert set(state) == {*names, *(f"blocks.{i}.{name}" for i in range(12) for name in block)}
+    assert sum(v.numel() for v in state.values()) == 21_665_664    # as DINO counts ViT-S/16
+    assert state["patch_embed.proj.weight"].shape == (384, 3, 16, 16) and state["pos_embed"].shape == (1, 197, 384)
+
+
+def test_stochastic_depth_skips_branches_of_single_samples():
+    block, x = model.Block(12, 3, drop_path=0.5), torch.randn(1, 5, 12).expand(4000, -1, -1)
+    with torch.no_grad():
+        branch = block.attn(block.norm1(x[:1]))
+        dropped = block._drop(block.attn(block.norm1(x)))
+    skipped = (dropped == 0).flatten(1).all(dim=1)
+    assert abs(skipped.float().mean() - 0.5) < 0.04    # five standard deviations
+    close(dropped[~skipped], 2 * branch.expand_as(dropped[~skipped]))    # the mean stays
+    assert torch.equal(block.eval()._drop(x), x)
+    assert [b.drop_path for b in tiny_vit(depth=3, drop_path_rate=0.2).blocks] == pytest.approx([0, 0.1, 0.2])
+
+
+def networks(args=()):
+    """Student and teacher of a command line, small."""
+    args = train.parse_args(["--global_crops_size", "32", "--local_crops_size", "16", "--out_dim", "32", "--local_crops_number", "2", *args])
+    return args, *train.build_networks(args)
+
+
+def random_views(args, B=3):
+    sizes = [(2, args.global_crops_size)] + ([(args.local_crops_number, args.local_crops_size)] if args.local_crops_number else [])
+    views = [torch.randn(number, B, 3, size, size) for number, size in sizes]
+    return views, torch.stack([random_boxes(B) for _ in range(sum(number for number, _ in sizes))])
+
+
+def total_loss(args, student, teacher, views, boxes):
+    taught, learned = teacher(views[:1]), student(views)
+    dino = baselines.DINOLoss(args.out_dim)
+    sere = relations.SelfRelationLoss(args.relation_heads, overlap_global=4, overlap_local=2)
+    l_p, l_c = sere(taught, learned, boxes)
+    l_i = dino(learned.embedding, taught.embedding, 0.04) if args.li_weight else 0.0
+    return args.li_weight * l_i + args.alpha * l_p + args.beta * l_c
+
+
+@pytest.mark.parametrize("flags", ["", "--alpha 0", "--beta 0", "--li_weight 0", "--li_weight 0 --beta 0", "--alpha 0 --beta 0", "--local_crops_number 0", "--no-norm_last_layer"])
+def test_every_trainable_parameter_gets_a_gradient_and_nothing_else_is_built(flags):
+    args, student, teacher = networks(flags.split())
+    views, boxes = random_views(args)
+    total_loss(args, student, teacher, views, boxes).backward()
+    assert [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert not any(p.requires_grad for p in teacher.parameters())
+    resolutions = 2 if args.local_crops_number else 1
+    assert (student.head is None) == (args.li_weight == 0) == (not student.backbone.norm.weight.requires_grad)
+    assert len(student.spatial) == (resolutions if args.alpha else 0) and len(teacher.spatial) == bool(args.alpha)
+    assert len(student.channel) == (resolutions if args.beta else 0) and len(teacher.channel) == bool(args.beta)
+
+
+def test_network_batches_each_resolution_and_teacher_has_only_h():
+    args, student, teacher = networks()
+    views, _ = random_views(args)
+    out = student(views)
+    assert out.summary.shape == (4, 3, 96) and out.embedding.shape == (4, 3, 32)
+    assert [tuple(p.shape) for p in out.spatial] == [(2, 3, 96, 16), (2, 3, 96, 4)] == [tuple(c.shape) for c in out.channel]
+    tokens = student.backbone(views[1].flatten(0, 1))    # before the final norm
+    close(out.spatial[1].flatten(0, 1), student.spatial[1](tokens[:, 1:].mT), atol=1e-5)
+    close(out.embedding[2:].flatten(0, 1), student.head(student.backbone.norm(tokens[:, 0])), atol=1e-5)
+    assert teacher.spatial[0].predictor is None and student.spatial[0].predictor is not None
+    close(teacher(views[:1]).embedding, student(views[:1]).embedding)    # they start alike
+
+
+def test_teacher_is_the_moving_average_of_every_parameter():
+    _, student, teacher = networks()
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn_like(p))
+    mine = dict(student.named_parameters())
+    teacher.register_buffer("statistics", torch.ones(3))
+    model.update_teacher(student, teacher, 0.9)
+    for name, p in teacher.named_parameters():
+        close(p, 0.9 * before[name] + 0.1 * mine[name])
+    assert torch.equal(teacher.statistics, torch.ones(3))    # a buffer is each network's own
+    teacher.extra = nn.Parameter(torch.zeros(1))
+    with pytest.raises(KeyError, match="extra"):
+        model.update_teacher(student, teacher, 0.9)
+
+
+def test_networks_and_losses_compile_without_a_graph_break():
+    args, student, teacher = networks(["--drop_path_rate", "0"])
+    views, boxes = random_views(args)
+    dino, sere, colours = baselines.DINOLoss(32), relations.SelfRelationLoss(6, overlap_global=4, overlap_local=2), augment.Photometric()
+    rows, images = torch.stack([row(SIGMA=1.0, HUE=0.1), row(GREY=1)]), picture(32, 32).expand(2, -1, -1, -1)
+
+    def outcome(student, teacher, dino, sere, colours):
+        taught, learned = teacher(views[:1]), student(views)
+        loss = dino(learned.embedding, taught.embedding, 0.04) + sum(sere(taught, learned, boxes))
+        return loss, torch.autograd.grad(loss, [p for p in student_parameters if p.requires_grad]), colours(images, rows)
+
+    student_parameters = list(student.parameters())
+    eager = outcome(student, teacher, dino, sere, colours)
+    whole = [torch.compile(m, fullgraph=True, backend="eager", dynamic=False) for m in (student, teacher, dino, sere, colours)]
+    compiled = outcome(*whole)
+    close(compiled[0], eager[0])
+    close(compiled[1], eager[1])
+    close(compiled[2], eager[2])
+
+
+# --- weights from files
+
+
+def test_a_saved_encoder_gives_the_same_features(tmp_path, capsys):
+    _, student, teacher = networks()
+    images = torch.randn(2, 3, 32, 32)
+    torch.save(teacher.backbone.state_dict(), tmp_path / "backbone.pth")
+    loaded = model.load_encoder(tmp_path / "backbone.pth")
+    assert torch.equal(loaded(images), teacher.backbone(images)) and loaded.patch_size == 8
+    assert "vit_nano, patch size 8, 32 px; matched 54 keys, dropped 0" in capsys.readouterr().out
+
+    with torch.no_grad():
+        student.backbone.cls_token.add_(1)
+    torch.save({"student": student.state_dict(), "teacher": teacher.state_dict(), "step": 3}, tmp_path / "checkpoint.pth")
+    assert torch.equal(model.load_encoder(tmp_path / "checkpoint.pth")(images), teacher.backbone(images))
+    assert torch.equal(model.load_encoder(tmp_path / "checkpoint.pth", checkpoint_key="student")(images), student.backbone(images))
+    assert "dropped 28: channel (10), head (8), spatial (10)" in capsys.readouterr().out
+
+
+def released(kind, backbone):
+    """A file as others publish them, around a ViT's state dict."""
+    heads = {"head.mlp.0.weight": torch.zeros(2, 2)}
+    namespace = argparse.Namespace(arch="vit_small", lr=np.float64(0.5))
+    full = {f"module.backbone.{k}": v for k, v in backbone.items()} | {f"module.{k}": v for k, v in heads.items()}
+    optimizer = {"state": {}, "param_groups": [{"lr": np.float64(1e-3), "weight_decay": np.array(0.4)[()]}]}
+    return {
+        "dino": {"student": full, "teacher": {k.removeprefix("module."): v for k, v in full.items()}, "optimizer": optimizer, "epoch": 100, "args": namespace, "dino_loss": {"center": torch.zeros(1, 4)}},
+        "ibot": {"student": {}, "teacher": full | {"module.backbone.masked_embed": torch.zeros(1, 12)}, "args": namespace, "ibot_loss": {}},
+        "ibot extracted": {"state_dict": backbone | {"masked_embed": torch.zeros(1, 12)}},
+        "sere": {"state_dict": backbone | {"channel_sere.0.weight": torch.zeros(3), "pixel_sere.0.weight": torch.zeros(3)}},
+        "timm": backbone | {"head.weight": torch.zeros(10, 12), "head.bias": torch.zeros(10)},
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["dino", "ibot", "ibot extracted", "sere", "timm"])
+def test_released_files_are_read(kind, tmp_path, capsys):
+    vit = model.build_encoder("vit_nano", 32, 8)
+    torch.save(released(kind, vit.state_dict()), tmp_path / "released.pth")
+    loaded = model.load_encoder(tmp_path / "released.pth")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), vit.state_dict().values()))
+    assert re.search(r"dropped [12]: ", capsys.readouterr().out)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.mkdir, ("was_run",))
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"teacher": Malicious()}, "evil.pth")
+    with pytest.raises(ValueError, match="evil.pth .* safely"):
+        model.load_encoder("evil.pth")
+    assert not Path("was_run").exists()
+
+
+def test_weights_of_another_architecture_name_keys_and_shapes(tmp_path):
+    torch.save(model.build_encoder("vit_nano", 32, 8).state_dict(), tmp_path / "nano.pth")
+    with pytest.raises(ValueError, match=r"nano.pth does not fit vit_tiny: cls_token is \(1, 1, 96\), not \(1, 1, 192\)"):
+        model.load_encoder(tmp_path / "nano.pth", arch="vit_tiny")
+    torch.save({"layer1.0.conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pth")
+    with pytest.raises(ValueError, match="no ViT.*layer1.0.conv1.weight"):
+        model.load_encoder(tmp_path / "resnet.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ValueError, match="text.pth"):
+        model.load_encoder(tmp_path / "text.pth")
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def image_folder(root, train_images=16, val_images=8, classes=2):
+    """A folder with train/ and val/, images of different sizes and kinds, classes told apart by brightness."""
+    rng = np.random.default_rng(0)
+    for split, number in (("train", train_images), ("val", val_images)):
+        for i in range(number):
+            folder = root / split / f"class{i % classes}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 100, (40 + i, 52 - i, 3)) + 100 * (i % classes)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+def test_folders_give_labels_from_train_and_take_any_nesting(tmp_path):
+    image_folder(tmp_path)
+    (tmp_path / "train/class1/deeper").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "train/class1/deeper/x.JPEG")
+    (tmp_path / "train/notes.txt").write_text("not an image")
+    train_set, val_set = data.build_dataset(tmp_path, "train"), data.build_dataset(tmp_path, "val")
+    assert len(train_set) == 17 and train_set.labels.tolist() == [0] * 8 + [1] * 9 and train_set.classes == 2
+    image, label = val_set[5]
+    assert image.dtype == torch.uint8 and image.shape[0] == 3 and image.ndim == 3 and label == 1
+
+    unlabelled = data.build_dataset(tmp_path / "val", "train")    # a folder without train/: nested, no labels
+    assert len(unlabelled) == 8 and set(unlabelled.labels.tolist()) == {-1} and unlabelled.classes == 0
+    (tmp_path / "val/class9").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "val/class9/x.png")
+    with pytest.raises(OSError, match="class9 .* train/ does not have"):
+        data.build_dataset(tmp_path, "val")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
+def test_images_of_every_mode_become_rgb(mode, tmp_path):
+    image = Image.new("RGB", (6, 4), (250, 250, 250)).convert("L" if mode == "I;16" else mode)
+    name = tmp_path / ("x.tif" if mode in ("CMYK", "I;16") else "x.png")
+    (image.convert("I;16") if mode == "I;16" else image).save(name)
+    assert data.decode(name).shape == (3, 4, 6) and data.decode(name).dtype == torch.uint8
+
+
+def test_unusable_folders_say_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is neither a folder nor one of shapes, cifar10"):
+        data.build_dataset("nowhere", "train")
+    with pytest.raises(FileNotFoundError, match="no images below"):
+        data.build_dataset(tmp_path, "train")
+    with pytest.raises(FileNotFoundError, match="no folder val/"):
+        data.build_dataset(tmp_path, "val")
+
+
+def broken_images(folder):
+    """A text file named .jpg and a truncated JPEG."""
+    (folder / "!text.jpg").write_text("not an image")
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, "JPEG")
+    (folder / "!truncated.jpg").write_bytes(buffer.getvalue()[:1000])
+
+
+def test_unreadable_images_are_named_and_the_next_stands_in(tmp_path):
+    image_folder(tmp_path)
+    broken_images(tmp_path / "train/class0")
+    images = data.build_dataset(tmp_path, "train")
+    for i, name in ((0, "!text.jpg"), (1, "!truncated.jpg")):
+        with pytest.raises(OSError, match=f"{name} can't be read"):
+            images[i]
+        views, complaints = data.ViewsOfImages(images, lambda image, key: (image, key), seed=7)[(3, i)]
+        assert torch.equal(views[0], images[2][0]) and views[1] == (7, 3, i)
+        assert len(complaints) == 2 - i and name in complaints[0]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    broken_images(alone)
+    with pytest.raises(OSError, match="2 images in a row can't be read; the last: .*truncated"):
+        data.Readable(data.build_dataset(alone, "train"))[0]
+
+
+@pytest.mark.parametrize("name, call", [("cifar10", ("data", True)), ("cifar100", ("data", True)), ("stl10", ("data", "train+unlabeled"))])
+def test_torchvision_sets_by_name(name, call, monkeypatch):
+    """Their downloads are theirs to test; here: what they are asked for, and what comes out."""
+    asked = []
+
+    class Fake:
+        def __init__(self, root, which, download):
+            asked.append((root, which, download))
+            self.targets = self.labels = [0, 2, 1]
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return Image.new("RGB", (32, 32), (10 * i, 0, 0)), self.targets[i]
+
+    monkeypatch.setattr(data.datasets, {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}[name], Fake)
+    images = data.build_dataset(name, "train")
+    assert asked == [(*call, True)] and images.labels.tolist() == [0, 2, 1] and images.classes == 3
+    assert images[1][0].shape == (3, 32, 32) and images[1][0][0, 0, 0] == 10 and images[1][1] == 2
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(data.datasets, {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}[name], offline)
+    with pytest.raises(FileNotFoundError, match=f"{name} .* no route to host"):
+        data.build_dataset(name, "val")
+
+
+def test_shapes_are_deterministic_balanced_and_have_masks():
+    shapes = data.build_dataset("shapes", "train")
+    image, label = shapes[13]
+    assert image.shape == (3, 64, 64) and image.dtype == torch.uint8 and label == 3
+    assert torch.equal(image, data.Shapes("train")[13][0])
+    assert not torch.equal(image, data.Shapes("val")[13][0]) and not torch.equal(image, shapes[23][0])
+    assert shapes.labels.bincount().tolist() == [1000] * 10
+    masks = torch.stack([shapes.mask(i) for i in range(50)]).float().mean(dim=(1, 2))
+    assert masks.min() > 0.1 and 0.4 < masks.mean() < 0.9
+    for i in range(10):    # what is printed is on the paper
+        grey = shapes[i][0].float().mean(dim=0)
+        edges = (grey - grey.roll(1, dims=0)).abs() + (grey - grey.roll(1, dims=1)).abs()
+        assert edges[shapes.mask(i)].mean() > 1.5 * edges[~shapes.mask(i)].mean()
+
+
+def test_the_mean_colour_of_shapes_does_not_tell_their_label():
+    """A linear probe on it stays at chance, 10 %: four standard deviations of 500 guesses are 5 %."""
+    train_set, val_set = data.Shapes("train"), data.Shapes("val")
+    x, y = (torch.stack([s[i][0].float().mean(dim=(1, 2)) / 255 for i in range(n)]) for s, n in ((train_set, 1500), (val_set, 500)))
+    probe = nn.Linear(3, 10)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200)
+    center, spread = x.mean(dim=0), x.std(dim=0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(probe((x - center) / spread), train_set.labels[:1500])
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    accuracy = (probe((y - center) / spread).argmax(dim=1) == val_set.labels[:500]).float().mean()
+    assert 0.05 < accuracy < 0.15
+
+
+def take(batches, n):
+    stream = iter(batches)
+    return [next(stream) for _ in range(n)]
+
+
+def test_batches_are_the_same_for_one_and_two_processes_and_start_anywhere():
+    one = take(data.Batches(37, 8, 1, 0, 1, seed=5), 8)    # 4 steps an epoch, 5 images left out
+    assert [sorted({epoch for epoch, _ in batch}) for batch in one] == [[0]] * 4 + [[1]] * 4
+    epochs = [[index for batch in part for _, index in batch] for part in (one[:4], one[4:])]
+    assert all(len(set(indices)) == 32 for indices in epochs) and epochs[0] != epochs[1]
+    two = [take(data.Batches(37, 4, 1, rank, 2, seed=5), 8) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*two)] == one
+    accumulated = take(data.Batches(37, 4, 2, 0, 1, seed=5), 16)
+    assert [a + b for a, b in zip(accumulated[::2], accumulated[1::2])] == one
+    assert take(data.Batches(37, 8, 1, 0, 1, seed=5, start=6), 2) == one[6:]
+    assert take(data.Batches(37, 8, 1, 0, 1, seed=6), 8) != one
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_knn_votes_equal_a_loop(k, monkeypatch):
+    train_features, test_features, labels, T = torch.randn(20, 6), torch.randn(7, 6), torch.arange(20) % 4, 0.07
+    votes = evaluate.knn_votes(train_features, labels, test_features, k, T, 4)
+    for i, f in enumerate(test_features):
+        similarities = [(float(F.cosine_similarity(f, t, dim=0)), int(label)) for t, label in zip(train_features, labels)]
+        expected = torch.zeros(4)
+        for similarity, label in sorted(similarities, reverse=True)[:k]:
+            expected[label] += math.exp(similarity / T)
+        close(votes[i], expected, rtol=1e-4)    # exp(x / 0.07) makes 14 of a rounding
+    monkeypatch.setattr(evaluate, "SIMILARITIES", 40)    # two test images at a time
+    close(evaluate.knn_votes(train_features, labels, test_features, k, T, 4), votes)
+
+
+def test_features_are_the_normed_class_token_of_the_centre_crop(tmp_path):
+    images, encoder = data.build_dataset(image_folder(tmp_path), "train"), tiny_vit().eval()
+    features, labels = evaluate.extract_features(encoder, images, [3, 12], 32, torch.device("cpu"), batch_size=1)
+    assert labels.tolist() == [images[3][1], images[12][1]] == [0, 1]
+    image = images[12][0]
+    small = v2.functional.resize(image, [round(32 * 256 / 224)], v2.InterpolationMode.BICUBIC, antialias=True)
+    crop = v2.functional.center_crop(small, [32, 32]).float() / 255
+    normalized = v2.functional.normalize(crop, augment.MEAN, augment.STD)
+    close(features[1], encoder.norm(encoder(normalized[None]))[0, 0], atol=1e-5)
+
+
+def test_linear_features_are_dinos():
+    encoder, images = tiny_vit(depth=3), torch.randn(2, 3, 32, 32)
+    x, layers = encoder._embed(images), []
+    for block in encoder.blocks:
+        x = block(x)
+        layers.append(encoder.norm(x))
+    close(evaluate.linear_features(encoder, images, 2, False), torch.cat([layers[1][:, 0], layers[2][:, 0]], dim=1))
+    close(evaluate.linear_features(encoder, images, 1, True), torch.cat([layers[2][:, 0], layers[2][:, 1:].mean(dim=1)], dim=1))
+
+
+def test_probes_side_by_side_train_as_if_alone(tmp_path):
+    folder = image_folder(tmp_path, 24, 8)
+    train_set, val_set, encoder = data.build_dataset(folder, "train"), data.build_dataset(folder, "val"), tiny_vit().eval().requires_grad_(False)
+    settings = dict(size=32, device=torch.device("cpu"), epochs=3, batch_size=8, blocks=1, holdout=0.25)
+    outcomes = {}
+    for name, rates in {"both": [0.5, 1e-9], "alone": [0.5]}.items():
+        torch.manual_seed(0)
+        captured = []
+        original, evaluate.Probes = evaluate.Probes, lambda *a: captured.append(original(*a)) or captured[-1]
+        original_init, nn.init.normal_ = nn.init.normal_, lambda weight, std: nn.init.constant_(weight, 0.01)    # draws nothing
+        try:
+            rows, chosen = evaluate.linear_accuracy(encoder, train_set, val_set, rates=rates, **settings)
+        finally:
+            evaluate.Probes, nn.init.normal_ = original, original_init
+        outcomes[name] = captured[0].probes[0].weight.detach()
+        assert [row[0] for row in rows] == rates and all(0 <= x <= 100 for row in rows for x in row[1:])
+        assert rows[chosen][1] == max(row[1] for row in rows)
+    close(captured[0].probes[0].weight - 0.01, outcomes["alone"] - 0.01)
+    assert outcomes["alone"].std() > 1e-3    # it moved
+
+
+# --- visualize --------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_points_are_drawn_where_region_align_reads():
+    """A picture that is dark but where ⊙ reads: every point's centre must fall on a lit pixel."""
+    S, size = 64, 3
+    box, region = torch.tensor([0.1, 0.2, 0.9, 0.8, 1.0]), torch.tensor([0.3, 0.3, 0.8, 0.7])
+    overlay = visualize._overlay(torch.zeros(3, S, S, dtype=torch.uint8), box, region, size).float().sum(dim=0)
+    rectangle = visualize._overlay(torch.zeros(3, S, S, dtype=torch.uint8), box, region, 1).float().sum(dim=0)
+    index = torch.arange(S * S).float().view(1, 1, S, S)
+    places = sampler.region_align(torch.cat([index % S, index // S], dim=1), box[None], region[None], size)[0].round().long()
+    for x, y in places.T.tolist():
+        assert overlay[y, x] > 0
+    assert (overlay > 0).sum() > (rectangle > 0).sum()
+
+
+def test_attention_picture_has_a_row_an_image_and_a_tile_a_head(tmp_path):
+    visualize.draw_attention(tmp_path / "attention.png", tiny_vit(), torch.randn(2, 3, 32, 32))
+    width, height = Image.open(tmp_path / "attention.png").size
+    assert (width, height) == (4 * 192 + 5 * 4, 2 * 192 + 3 * 4)
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+def test_schedules_begin_peak_and_end_where_they_say():
+    s = train.cosine_schedule(1.0, 0.1, 101, warmup=20, start=0.2)
+    assert s.shape == (101,) and s[0] == 0.2 and s[20] == 1.0 and s[-1] == pytest.approx(0.1)
+    close(s[:21], torch.linspace(0.2, 1.0, 21, dtype=torch.float64))
+    assert s[60] == pytest.approx(0.55) and (s[20:].diff() < 0).all()    # half way down
+    close(train.cosine_schedule(0.996, 1.0, 3), torch.tensor([0.996, 0.998, 1.0], dtype=torch.float64))
+    assert train.cosine_schedule(0.5, 0.1, 1).tolist() == [0.5]
+
+
+def test_each_gradient_is_clipped_by_its_own_norm():
+    a, b, c = (nn.Parameter(torch.zeros(4)) for _ in range(3))
+    a.grad, b.grad = torch.full((4,), 3.0), torch.full((4,), 0.1)
+    train.clip_gradients([a, b, c], 2.0)
+    close(a.grad.norm(), torch.tensor(2.0))
+    assert torch.equal(b.grad, torch.full((4,), 0.1)) and c.grad is None
+
+
+def test_no_weight_decay_on_biases_and_norms():
+    _, student, _ = networks()
+    decayed, free = train.parameter_groups(student)
+    names = {id(p): name for name, p in student.named_parameters()}
+    assert free["weight_decay"] == 0 and "weight_decay" not in decayed
+    assert {names[id(p)].rsplit(".", 1)[-1] for p in free["params"]} == {"bias", "weight"}
+    assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in free["params"])
+    assert {"backbone.cls_token", "backbone.pos_embed", "backbone.blocks.0.mlp.fc1.weight"} <= {names[id(p)] for p in decayed["params"]}
+    assert len(decayed["params"]) + len(free["params"]) == sum(p.requires_grad for p in student.parameters())
+
+
+SMALL = """--arch vit_nano --patch_size 8 --global_crops_size 32 --local_crops_size 16 --local_crops_number 2 --out_dim 32 --overlap_global 4
+--overlap_local 2 --batch_size_per_gpu 4 --epochs 3 --warmup_epochs 1 --knn_every 2 --num_workers 0 --log_every 1""".split()    # 3 epochs of 4 steps
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return image_folder(tmp_path_factory.mktemp("images"))
+
+
+def run(folder, output, *flags):
+    train.main([*SMALL, "--data_path", str(folder), "--output_dir", str(output), *map(str, flags)])
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(folder, tmp_path_factory):
+    """A run from beginning to end, which interrupted ones must equal."""
+    output = tmp_path_factory.mktemp("uninterrupted")
+    run(folder, output)
+    return output
+
+
+def losses(output):
+    """{step: (loss, L_I, L_p, L_c)} and {step: kNN} of a log."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "lr" in line]
+    assert steps == sorted(set(steps))
+    return {line["step"]: tuple(line[name] for name in train.TERMS) for line in lines if "lr" in line}, {line["step"]: line["kNN"] for line in lines if "kNN" in line}
+
+
+def same_run(a, b):
+    assert (a / "backbone.pth").read_bytes() == (b / "backbone.pth").read_bytes()
+    assert losses(a) == losses(b)
+
+
+def test_a_run_writes_what_the_design_lists(uninterrupted, folder):
+    assert {p.name for p in uninterrupted.iterdir()} == {"args.json", "log.jsonl", "checkpoint.pth", "backbone.pth", "views.png", "attention.png"}
+    steps, knn = losses(uninterrupted)
+    assert list(steps) == list(range(1, 13)) and list(knn) == [0, 8, 12]    # before, every second epoch, at the end
+    for loss, l_i, l_p, l_c in steps.values():
+        assert loss == pytest.approx(l_i + l_p + l_c)    # Eq. 6
+    lines = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
+    logged = {"step", "epoch", "loss", "L_I", "L_p", "L_c", "lr", "teacher_temp", "images_per_s", "data_wait", "unreadable", "peak_memory_gib",
+              "feature_std", "overlap", "teacher_entropy", "spatial_entropy", "channel_entropy"}
+    assert set(lines[1]) == logged
+    assert 0 <= lines[1]["teacher_entropy"] <= math.log(32) and 0 <= lines[1]["spatial_entropy"] <= math.log(16) and 0 <= lines[1]["channel_entropy"] <= math.log(96)
+    for epoch, line in enumerate((line for line in lines if "mean" in line), start=1):
+        assert line["epoch"] == epoch and line["mean"]["loss"] == pytest.approx(np.mean([steps[s][0] for s in range(4 * epoch - 3, 4 * epoch + 1)]))
+    assert [line["lr"] for line in lines if "lr" in line] == pytest.approx(train.cosine_schedule(0.0005 * 4 / 256, 1e-6, 12, warmup=4).tolist())
+    described = json.loads((uninterrupted / "args.json").read_text())
+    assert described["effective_batch"] == 4 and described["effective_lr"] == 0.0005 * 4 / 256 and described["versions"]["torch"] == torch.__version__
+    assert Image.open(uninterrupted / "views.png").size == (4 * (192 + 4) + 4, 4 * (192 + 4) + 4)
+    teacher = torch.load(uninterrupted / "checkpoint.pth", weights_only=True)["teacher"]
+    backbone = torch.load(uninterrupted / "backbone.pth", weights_only=True)
+    assert all(torch.equal(value, teacher[f"backbone.{name}"]) for name, value in backbone.items())
+
+
+def test_resuming_in_mid_epoch_changes_nothing(folder, uninterrupted, tmp_path, capsys):
+    run(folder, tmp_path, "--max_steps", 3)
+    assert "stopped at --max_steps 3 of 12" in capsys.readouterr().out
+    with open(tmp_path / "log.jsonl", "a") as log:    # as if killed after the checkpoint, in mid-line
+        log.write('{"step": 4, "lr": 1, "loss": 99, "L_I": 1, "L_p": 1, "L_c": 1}\n{"step": 5, "lo')
+    run(folder, tmp_path, "--max_steps", 8)
+    assert "going on after step 3" in capsys.readouterr().out
+    run(folder, tmp_path)
+    same_run(tmp_path, uninterrupted)
+    before = (tmp_path / "log.jsonl").read_bytes()
+    run(folder, tmp_path)    # a finished run says so and stays as it is
+    assert "is complete" in capsys.readouterr().out and (tmp_path / "log.jsonl").read_bytes() == before
+    same_run(tmp_path, uninterrupted)
+
+
+def test_other_training_arguments_for_the_same_folder_are_an_error(folder, tmp_path, capsys):
+    run(folder, tmp_path, "--max_steps", 1)
+    with pytest.raises(SystemExit, match="alpha was 1.0, is 0.5; local_crops_number was 2, is 1"):
+        run(folder, tmp_path, "--alpha", 0.5, "--local_crops_number", 1, "--log_every", 5)
+    capsys.readouterr()
+    run(folder, tmp_path, "--alpha", 0.5, "--max_steps", 1, "--overwrite")
+    assert "going on" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_says_so_and_the_same_command_goes_on(number, folder, uninterrupted, tmp_path, capsys, monkeypatch):
+    calls, original = [], model.update_teacher
+
+    def update_and_signal(*args):
+        calls.append(original(*args))
+        if len(calls) == 6:
+            signal.raise_signal(number)
+
+    handler = signal.getsignal(number)
+    monkeypatch.setattr(train, "update_teacher", update_and_signal)
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, tmp_path)
+    assert stopped.value.code == 128 + number and signal.getsignal(number) is handler
+    assert f"stopped by {signal.Signals(number).name} after step 6 of 12; the same command goes on" in capsys.readouterr().out
+    run(folder, tmp_path)
+    same_run(tmp_path, uninterrupted)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(folder, uninterrupted, tmp_path, monkeypatch):
+    run(folder, tmp_path, "--max_steps", 4)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+
+    def half_a_file(state, file):
+        file.write(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0")    # PyTorch's words for a full disk
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half_a_file)
+        with pytest.raises(SystemExit, match="could not be written .* the file from before, if there is one, is whole"):
+            run(folder, tmp_path)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before and not list(tmp_path.glob("*.part"))
+    run(folder, tmp_path)
+    same_run(tmp_path, uninterrupted)
+
+
+def test_a_loss_that_is_not_finite_names_term_and_step_and_saves_nothing(folder, tmp_path, monkeypatch):
+    run(folder, tmp_path, "--max_steps", 4)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    original, calls = relations.SelfRelationLoss.channel, []
+
+    def channel(self, *args):
+        calls.append(1)
+        return original(self, *args) * (float("nan") if len(calls) >= 3 else 1)
+
+    monkeypatch.setattr(relations.SelfRelationLoss, "channel", channel)
+    with pytest.raises(SystemExit, match="L_c is nan in step 7"):
+        run(folder, tmp_path, "--log_every", 100)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def test_gradient_accumulation_is_a_larger_batch(folder, tmp_path):
+    """Without self-relations, whose BatchNorm sees a forward pass at a time. AdamW turns rounding of small gradients into steps of
+    up to the learning rate, 2e-5 here, hence the tolerance."""
+    flags = ["--alpha", 0, "--beta", 0, "--drop_path_rate", 0, "--max_steps", 3, "--knn_every", 0, "--lr", 0.001, "--warmup_epochs", 0]
+    run(folder, tmp_path / "a", *flags, "--batch_size_per_gpu", 8)
+    run(folder, tmp_path / "b", *flags, "--batch_size_per_gpu", 4, "--grad_accum_steps", 2)
+    a, b = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in "ab")
+    for (name, x), y in zip(a["student"].items(), b["student"].values()):
+        close(x, y, rtol=0, atol=4e-5)
+    close(a["dino"]["center"], b["dino"]["center"], atol=1e-5)
+    for x, y in zip(*(losses(tmp_path / name)[0].values() for name in "ab")):
+        assert x == pytest.approx(y, rel=1e-4)
+
+
+def test_the_last_layer_is_frozen_in_the_first_epoch(folder, tmp_path):
+    weights = []
+    for steps in (1, 4, 5):
+        run(folder, tmp_path, "--max_steps", steps)
+        weights.append(torch.load(tmp_path / "checkpoint.pth", weights_only=True)["student"]["head.last_layer.weight"])
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+
+
+def test_unreadable_images_are_counted_in_the_log(tmp_path, capsys):
+    folder = image_folder(tmp_path / "images")
+    broken_images(folder / "train/class0")
+    run(folder, tmp_path / "run", "--max_steps", 3, "--batch_size_per_gpu", 6)    # all of the 18 images
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert sum(line.get("unreadable", 0) for line in lines) == 3    # the text, and before the truncated one, which is next, itself
+    assert "!truncated.jpg can't be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--data_path nowhere", "nowhere is neither a folder nor one of"),
+    ("--data_path {empty}", "no images below"),
+    ("--batch_size_per_gpu 999", "16 images, fewer than a batch of 999"),
+    ("--global_crops_scale 0.9 0.2", "--global_crops_scale must be two rising numbers"),
+    ("--global_crops_size 30", "--global_crops_size 30 is not a multiple of --patch_size 8"),
+    ("--relation_heads 7", "--relation_heads 7 does not divide the 96 channels of vit_nano; possible: 1, 2, 3, 4, 6, 8"),
+    ("--warmup_epochs 3", "--warmup_epochs 3 leaves nothing of --epochs 3"),
+    ("--alpha 0 --beta 0 --li_weight 0", "all 0: nothing to learn from"),
+    ("--alpha -1", "--alpha can't be negative"),
+    ("--teacher_temp 0", "--teacher_temp must be above 0"),
+    ("--recipe nonsense", "invalid choice: 'nonsense'"),
+    ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
+])
+def test_bad_input_gets_one_clear_line(flags, message, folder, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, tmp_path / "run", *flags.format(empty=tmp_path / "empty").split())
+    said = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err
+    *usage, line = said.strip().splitlines()
+    assert message in line and line.startswith("train.py: error:") and len(usage) <= 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipes_and_what_overrides_them(capsys):
+    demo, dino = train.parse_args([]), train.parse_args(["--data_path", "x"])
+    assert (demo.recipe, demo.data_path, demo.arch, demo.output_dir) == ("demo", "shapes", "vit_nano", "runs/demo")
+    paper = dict(recipe="dino", arch="vit_small", patch_size=16, epochs=100, lr=0.0005, alpha=1.0, beta=1.0, temperature_spatial=0.5, temperature_channel=0.1,
+                 relation_heads=6, overlap_global=13, overlap_local=6, global_crops_scale=[0.35, 1.0], local_crops_scale=[0.05, 0.35], local_crops_number=4,
+                 out_dim=65536, teacher_temp=0.04, clip_grad=3.0, warmup_epochs=10, min_lr=1e-6, momentum_teacher=0.996, weight_decay=0.04, weight_decay_end=0.4)
+    assert {name: getattr(dino, name) for name in paper} == paper
+    assert train.parse_args(["--recipe", "demo", "--epochs", "50", "--data_path", "y"]).data_path == "y"
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    assert "(default: vit_nano)" in capsys.readouterr().out    # the help shows the recipe's values
+    with pytest.raises(SystemExit):
+        train.parse_args(["--recipe", "dino"])
+    assert "--recipe dino needs --data_path" in capsys.readouterr().err
+
+
+def test_commands_of_the_readme_are_understood():
+    text = (HERE / "README.md").read_text().replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True) for block in re.findall(r"```(?:sh)?\n(.*?)```", text, re.S) for line in block.splitlines()]
+    checked = 0
+    for command in commands:
+        for program, parse in (("train.py", train.parse_args), ("evaluate.py", evaluate.parse_args)):
+            if program in command:
+                parse(command[command.index(program) + 1 :])
+                checked += 1
+    assert checked >= 6
+
+
+# --- processes: the only three tests that start some ------------------------------------------------------------------
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(HERE)}
+
+
+def test_killed_at_any_moment_and_run_again_it_ends_the_same(folder, uninterrupted, tmp_path):
+    """SIGKILL, with 3 workers; on with 1 worker; against 0 workers uninterrupted: bit for bit."""
+    command = [sys.executable, HERE / "train.py", *SMALL, "--data_path", folder, "--output_dir", tmp_path, "--num_workers", "3", "--checkpoint_steps", "2"]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, deadline = tmp_path / "log.jsonl", time.time() + 120
+    while not (log.exists() and '"step": 7' in log.read_text()):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] in (6, 8)
+    run(folder, tmp_path, "--num_workers", 1)
+    same_run(tmp_path, uninterrupted)
+
+
+def gradients_of_a_step(rank=0, processes=1):
+    """Losses, gradients and centre of one step on a fixed batch of 6 images, of which a process takes its share."""
+    torch.manual_seed(1)
+    args, student, teacher = networks(["--drop_path_rate", "0"])
+    views, boxes = random_views(args, B=6)
+    boxes[2, :2, :4], boxes[:2, :2, :4] = torch.tensor([0.0, 0.0, 0.2, 0.2]), torch.tensor([0.3, 0.3, 1.0, 1.0])    # processes with unequally many pairs that overlap
+    share = slice(rank * 6 // processes, (rank + 1) * 6 // processes)
+    views, boxes = [v[:, share] for v in views], boxes[:, share]
+    network = torch.nn.parallel.DistributedDataParallel(student, broadcast_buffers=False) if processes > 1 else student
+    dino, sere = baselines.DINOLoss(args.out_dim), relations.SelfRelationLoss(overlap_global=4, overlap_local=2)
+    with torch.no_grad():
+        taught = teacher(views[:1])
+    learned = network(views)
+    terms = torch.stack([dino(learned.embedding, taught.embedding, 0.04), *sere(taught, learned, boxes)])
+    terms.sum().backward()
+    dino.update_center()
+    return terms.detach(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, dino.center
+
+
+TORCHRUN = """
+import torch, torch.distributed as dist
+import test_sere, train
+
+def gradients_first(args, processes, requests, rest=train.train):
+    terms, gradients, center = test_sere.gradients_of_a_step(processes.rank, processes.size)
+    terms = processes.mean(terms)
+    if processes.rank == 0:
+        torch.save((terms, gradients, center), {output!r} + "/step.pth")
+    rest(args, processes, requests)
+
+train.train = gradients_first
+train.main({flags!r})
+"""
+
+
+def test_two_processes_of_B_equal_one_of_2B(folder, tmp_path):
+    """Losses, gradients, relation heads and DINO's centre of a step, and then a whole short training under torchrun."""
+    flags = [*SMALL, "--data_path", str(folder), "--max_steps", "3", "--drop_path_rate", "0", "--lr", "0.001", "--warmup_epochs", "0"]
+    script = tmp_path / "two.py"
+    script.write_text(TORCHRUN.format(output=str(tmp_path), flags=[*flags, "--output_dir", str(tmp_path / "two"), "--batch_size_per_gpu", "4"]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    done = subprocess.run(command, env=environment() | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    terms, gradients, center = torch.load(tmp_path / "step.pth", weights_only=True)
+    expected_terms, expected, expected_center = gradients_of_a_step()
+    close(terms, expected_terms)
+    close(center, expected_center)
+    assert gradients.keys() == expected.keys() and any("spatial.1.predictor" in name for name in expected)
+    for name in expected:
+        close(gradients[name], expected[name], rtol=1e-3, atol=1e-6)    # sums over all patches in another order
+
+    train.main([*flags, "--output_dir", str(tmp_path / "one"), "--batch_size_per_gpu", "8", "--precision", "fp32"])
+    two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
+    for step in one[0]:
+        assert two[0][step] == pytest.approx(one[0][step], rel=1e-4)
+    assert two[1] == one[1]    # kNN, computed in shares
+
+
+def test_the_command_line_from_training_to_a_knn_number(folder, tmp_path):
+    command = [sys.executable, HERE / "train.py", *SMALL, "--data_path", folder, "--max_steps", "2"]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "dino: vit_nano/8 on 16 images" in done.stdout and "Traceback" not in done.stderr
+    weights = tmp_path / "runs/dino/backbone.pth"
+    flags = ["--pretrained_weights", str(weights), "--data_path", str(folder), "--num_workers", "0", "--json", str(tmp_path / "result.json")]
+    result = evaluate.main(["knn", *flags, "--nb_knn", "5"])
+    assert json.loads((tmp_path / "result.json").read_text())["top1"] == {"5": result["top1"][5]} and result["image_size"] == 32
+    result = evaluate.main(["linear", *flags, "--epochs", "2", "--batch_size_per_gpu", "4", "--lr", "0.1", "0.01"])
+    assert {row["lr"] for row in result["rates"]} == {0.1, 0.01} and 0 <= result["top1"] <= 100
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--pretrained_weights", "nothing.pth"], "No such file"),
+    (["--data_path", "nowhere"], "neither a folder"),
+    (["--image_size", "30"], "--image_size 30 is not a multiple of the patch size 8"),
+    (["--arch", "vit_tiny"], "does not fit vit_tiny"),
+])
+def test_bad_input_to_evaluate_gets_one_clear_line(flags, message, folder, tmp_path):
+    torch.save(model.build_encoder("vit_nano", 32, 8).state_dict(), tmp_path / "backbone.pth")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["knn", "--pretrained_weights", str(tmp_path / "backbone.pth"), "--data_path", str(folder), "--num_workers", "0", *flags])
+    assert stopped.value.code.startswith("evaluate.py: error:") and message in stopped.value.code and "\n" not in stopped.value.code
+
+
+def test_an_unreadable_image_is_an_error_in_evaluation(tmp_path):
+    folder = image_folder(tmp_path / "images")
+    broken_images(folder / "val/class0")
+    torch.save(model.build_encoder("vit_nano", 32, 8).state_dict(), tmp_path / "backbone.pth")
+    with pytest.raises(SystemExit, match="!text.jpg can't be read"):
+        evaluate.main(["knn", "--pretrained_weights", str(tmp_path / "backbone.pth"), "--data_path", str(folder), "--num_workers", "0"])
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@cuda
+def test_cuda_gives_the_losses_of_the_cpu():
+    args, student, teacher = networks()
+    student.eval()
+    views, boxes = random_views(args)
+    expected = total_loss(args, student, teacher, views, boxes)
+    student.cuda(), teacher.cuda()
+    baselines_dino = baselines.DINOLoss
+    try:
+        baselines.DINOLoss = lambda *a: baselines_dino(*a).cuda()
+        close(total_loss(args, student, teacher, [v.cuda() for v in views], boxes.cuda()).cpu(), expected, rtol=1e-3)
+    finally:
+        baselines.DINOLoss = baselines_dino
+
+
+@cuda
+@pytest.mark.parametrize("flags", [["--no-compile"], ["--compile"], ["--no-compile", "--precision", "fp16"]])
+def test_cuda_trains_and_resumes_bit_for_bit_when_deterministic(flags, folder, tmp_path):
+    flags = [*flags, "--deterministic", "--max_steps"]
+    run(folder, tmp_path / "whole", *flags, 8)
+    run(folder, tmp_path / "parts", *flags, 3)
+    run(folder, tmp_path / "parts", *flags, 8)
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    torch.use_deterministic_algorithms(False)

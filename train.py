@@ -1,0 +1,621 @@
+"""Train a Vision Transformer without labels: an existing method (L_I) plus SERE's self-relations, Eq. 6.
+
+    python train.py                                            the demo: drawn images, a few minutes on a CPU
+    python train.py --data_path /path/to/imagenet              the paper's Sec. 4.1 (DINO + SERE)
+    torchrun --standalone --nproc_per_node=8 train.py --data_path /path/to/imagenet
+
+The same command again goes on where the last one stopped. From the top: the command line, the schedules, what stops
+and resumes a run, and the loop.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from augment import BOX, MultiCrop, Photometric, collate, normalize
+from baselines import DINOHead, DINOLoss
+from data import NAMES, Batches, Readable, ViewsOfImages, build_dataset
+from evaluate import evaluation_crop, knn_accuracy
+from model import ARCHITECTURES, Network, build_encoder, update_teacher
+from relations import RelationHead, SelfRelationLoss, channel_relation, spatial_relation
+from sampler import overlap
+from visualize import draw_attention, draw_views
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+# What a recipe changes of the defaults below, which are the paper's DINO + SERE.
+RECIPES = {
+    "dino": {},
+    "demo": dict(
+        data_path="shapes", arch="vit_nano", patch_size=8, drop_path_rate=0.0, global_crops_size=48, local_crops_size=24,
+        out_dim=1024, batch_size_per_gpu=64, epochs=8, warmup_epochs=1, lr=0.004, min_lr=1e-5, momentum_teacher=0.99,
+        overlap_global=6, overlap_local=3, knn_every=2,
+    ),
+}
+
+TERMS = ("loss", "L_I", "L_p", "L_c")
+
+# A run may be resumed with other values of these.
+NOT_TRAINING = {
+    "output_dir", "overwrite", "num_workers", "max_steps", "checkpoint_steps", "knn_every", "log_every", "compile", "deterministic",
+}
+
+USAGE = "train.py [--recipe NAME] [--data_path PATH] [--flag value ...]; --help lists the flags"
+
+
+def parse_args(argv=None):
+    """The command line, checked; ends with one line and status 2 where it makes no sense."""
+    first = argparse.ArgumentParser(prog="train.py", usage=USAGE, add_help=False)
+    first.add_argument("--recipe", choices=RECIPES)
+    first.add_argument("--data_path")
+    known, _ = first.parse_known_args(argv)
+    recipe = known.recipe or ("dino" if known.data_path else "demo")
+
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        usage=USAGE,
+        description="Self-supervised training of a Vision Transformer with SERE: L = L_I + alpha L_p + beta L_c (Eq. 6).",
+        epilog="Recipes change these defaults: " + "; ".join(f"{n}: {', '.join(f'{k} {v}' for k, v in r.items()) or 'none'}" for n, r in RECIPES.items()),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    flag, switch = _adders(parser)
+    g = parser.add_argument_group("run")
+    flag(g, "recipe", recipe, "a set of defaults; demo without --data_path, dino (the paper's Sec. 4.1) with one", choices=list(RECIPES))
+    flag(g, "data_path", None, f"folder with train/ and val/, any folder of images (labels not needed), or a name: {', '.join(NAMES)}", type=str)
+    flag(g, "output_dir", None, "where everything is written; runs/RECIPE if not given. A run found there goes on", type=str)
+    switch(g, "overwrite", False, "start anew where output_dir holds a run")
+    flag(g, "seed", 0, "weights, shuffling and views are a function of it")
+    flag(g, "max_steps", 0, "stop after this step of the whole run, with schedules as if it went on; 0: don't")
+    flag(g, "checkpoint_steps", 0, "save every so many steps, besides once an epoch; 0: don't")
+    flag(g, "knn_every", 5, "epochs between kNN evaluations, where there are labels; also before the first and after the last; 0: never")
+    flag(g, "log_every", 10, "steps between lines of log.jsonl")
+    g = parser.add_argument_group("encoder")
+    flag(g, "arch", "vit_small", "encoder", choices=list(ARCHITECTURES))
+    flag(g, "patch_size", 16, "side of a patch in pixels; smaller is better and slower")
+    flag(g, "drop_path_rate", 0.1, "stochastic depth of the student's last block, growing linearly with depth")
+    g = parser.add_argument_group("self-relations (SERE)")
+    flag(g, "alpha", 1.0, "weight of L_p, spatial self-relation (Eq. 3); 0 leaves it out")
+    flag(g, "beta", 1.0, "weight of L_c, channel self-relation (Eq. 5); 0 leaves it out")
+    flag(g, "temperature_spatial", 0.5, "t_p of Eq. 2, of the network that --sharpen names; the other's is 1 (Table 13)")
+    flag(g, "temperature_channel", 0.1, "t_c of Eq. 4, likewise (Table 13)")
+    flag(g, "sharpen", "teacher", "who gets the temperatures: teacher as in the authors' release, student as in the text", choices=["teacher", "student"])
+    flag(g, "relation_heads", 6, "M, groups of channels with a spatial relation each; divides the encoder's dim (Table 12)")
+    flag(g, "overlap_global", 13, "points a side sampled in the overlap of two global views; about the side of their feature map")
+    flag(g, "overlap_local", 6, "the same where a local view takes part")
+    g = parser.add_argument_group("image embedding (L_I, DINO)")
+    flag(g, "li_weight", 1.0, "weight of L_I; 0 leaves it out")
+    flag(g, "out_dim", 65536, "K, outputs of the head; fewer (4096) learn faster on small data")
+    switch(g, "norm_last_layer", True, "keep the last layer's rows at length 1; stabler, and better for small encoders")
+    flag(g, "momentum_teacher", 0.996, "λ of the teacher's update at the start, to 1 by cosine; nearer 1 (0.9995) for batches of 256 and less")
+    flag(g, "warmup_teacher_temp", 0.04, "teacher temperature at the start; lower it when the loss stays at ln(out_dim)")
+    flag(g, "teacher_temp", 0.04, "teacher temperature after its warm-up; above 0.07 is unstable")
+    flag(g, "warmup_teacher_temp_epochs", 0, "epochs of that warm-up, linear")
+    flag(g, "freeze_last_layer", 1, "epochs in which the head's last layer stays as it is; more when the loss does not fall")
+    g = parser.add_argument_group("views")
+    flag(g, "global_crops_size", 224, "side of the two global views in pixels")
+    flag(g, "global_crops_scale", (0.35, 1.0), "their range of the image's area", nargs=2, type=float, metavar=("LOW", "HIGH"))
+    flag(g, "local_crops_number", 4, "local views an image, any number")
+    flag(g, "local_crops_size", 96, "side of the local views in pixels")
+    flag(g, "local_crops_scale", (0.05, 0.35), "their range of the image's area", nargs=2, type=float, metavar=("LOW", "HIGH"))
+    g = parser.add_argument_group("optimization (AdamW)")
+    flag(g, "epochs", 100, "passes over the images")
+    flag(g, "batch_size_per_gpu", 64, "images a process and forward pass")
+    flag(g, "grad_accum_steps", 1, "forward passes an optimizer step")
+    flag(g, "lr", 0.0005, "learning rate per 256 images of the effective batch, after warm-up")
+    flag(g, "min_lr", 1e-6, "learning rate at the end, by cosine; not scaled")
+    flag(g, "warmup_epochs", 10, "epochs of linear warm-up of the learning rate")
+    flag(g, "weight_decay", 0.04, "at the start; none on biases and norms")
+    flag(g, "weight_decay_end", 0.4, "at the end, by cosine")
+    flag(g, "clip_grad", 3.0, "largest norm of each parameter's own gradient; 0: don't clip")
+    g = parser.add_argument_group("machine (the device is found; torchrun makes it several)")
+    flag(g, "num_workers", min(10, os.cpu_count() or 1), "loader processes a training process; what is trained does not depend on it")
+    flag(g, "precision", "auto", "auto: bf16 where the GPU has it, else fp16; fp32 on a CPU", choices=["auto", "bf16", "fp16", "fp32"])
+    switch(g, "compile", None, "torch.compile; on for CUDA unless told otherwise")
+    switch(g, "deterministic", False, "bit-for-bit repeatable on CUDA too, and slower")
+    parser.set_defaults(**RECIPES[recipe])
+    args = parser.parse_args(argv)
+
+    args.output_dir = args.output_dir or f"runs/{args.recipe}"
+    args.global_crops_scale, args.local_crops_scale = list(args.global_crops_scale), list(args.local_crops_scale)
+    if fault := find_fault(args):
+        parser.error(fault)
+    return args
+
+
+def _adders(parser):
+    def flag(group, name, default, help, type=None, **rest):
+        type = type or (None if "choices" in rest else default.__class__)
+        group.add_argument(f"--{name}", default=default, help=help, type=type, **rest)
+
+    def switch(group, name, default, help):
+        group.add_argument(f"--{name}", default=default, help=help, action=argparse.BooleanOptionalAction)
+
+    return flag, switch
+
+
+def find_fault(args):
+    """What in these arguments can't be, in one line; None if nothing."""
+    if not args.data_path:
+        return f"--recipe {args.recipe} needs --data_path"
+    for name in ("epochs", "batch_size_per_gpu", "grad_accum_steps", "out_dim", "patch_size", "relation_heads", "overlap_global", "overlap_local", "log_every"):
+        if getattr(args, name) < 1:
+            return f"--{name} must be at least 1"
+    for name in ("alpha", "beta", "li_weight", "local_crops_number", "num_workers", "max_steps", "checkpoint_steps", "knn_every", "warmup_epochs", "lr", "seed", "clip_grad"):
+        if getattr(args, name) < 0:
+            return f"--{name} can't be negative"
+    if not (args.alpha or args.beta or args.li_weight):
+        return "--alpha, --beta and --li_weight are all 0: nothing to learn from"
+    for name in ("temperature_spatial", "temperature_channel", "teacher_temp", "warmup_teacher_temp"):
+        if getattr(args, name) <= 0:
+            return f"--{name} must be above 0"
+    if not 0 <= args.momentum_teacher <= 1:
+        return "--momentum_teacher must lie in [0, 1]"
+    for kind in ("global", "local"):
+        low, high = getattr(args, f"{kind}_crops_scale")
+        if not 0 < low <= high <= 1:
+            return f"--{kind}_crops_scale must be two rising numbers in (0, 1], not {low:g} {high:g}"
+        size = getattr(args, f"{kind}_crops_size")
+        if size < args.patch_size or size % args.patch_size:
+            return f"--{kind}_crops_size {size} is not a multiple of --patch_size {args.patch_size}"
+    if args.warmup_epochs >= args.epochs:
+        return f"--warmup_epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}"
+    if args.warmup_teacher_temp_epochs > args.epochs:
+        return f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is more than --epochs {args.epochs}"
+    dim = ARCHITECTURES[args.arch]["dim"]
+    if args.alpha and dim % args.relation_heads:
+        possible = ", ".join(str(m) for m in range(1, 33) if dim % m == 0)
+        return f"--relation_heads {args.relation_heads} does not divide the {dim} channels of {args.arch}; possible: {possible}"
+    return None
+
+
+# --- schedules and optimizer ------------------------------------------------------------------------------------------
+
+
+def cosine_schedule(base, final, steps, warmup=0, start=0.0):
+    """A value a step, (steps,): linear from `start` up to `base`, which step number `warmup` has, then by cosine to `final` in the last."""
+    rise = torch.linspace(start, base, warmup + 1, dtype=torch.float64)[:-1]
+    fall = torch.linspace(0, math.pi, steps - warmup, dtype=torch.float64)
+    return torch.cat([rise, final + 0.5 * (base - final) * (1 + fall.cos())])
+
+
+def parameter_groups(network):
+    """Two groups for AdamW: weights, and what gets no weight decay (biases, norms and all else with one dimension)."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    return [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+
+
+def clip_gradients(parameters, largest):
+    """Scale each parameter's own gradient to a norm of at most `largest`, as DINO does (not the norm of all together)."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    factors = [(largest / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(grads)]
+    torch._foreach_mul_(grads, factors)
+
+
+# --- stopping and going on --------------------------------------------------------------------------------------------
+
+
+class Processes:
+    """The training processes: this one alone, or torchrun's."""
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            if local_rank >= torch.cuda.device_count():
+                sys.exit(f"train.py: error: process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; lower --nproc_per_node")
+            self.device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(self.device)
+        self.distributed = "RANK" in os.environ
+        if self.distributed:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self.control = dist.new_group(backend="gloo")
+
+    def sum(self, number):
+        """A number of each process, added up. Asking costs no wait for the GPU."""
+        if not self.distributed:
+            return number
+        total = torch.tensor(number)
+        dist.all_reduce(total, group=self.control)
+        return total.item()
+
+    def mean(self, x):
+        """Mean of a tensor over the processes."""
+        if self.distributed:
+            dist.all_reduce(x)
+        return x / self.size
+
+    def close(self):
+        if self.distributed:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """A list that a SIGTERM or Ctrl-C is put into; a second one ends the process at once."""
+    requests, before = [], {}
+
+    def note(number, frame):
+        requests.append(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker):
+    """In loader workers: Ctrl-C reaches every process of a terminal, but only the trainer may act on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def save(state, path):
+    """torch.save that leaves either the old file or the new one, whole, whatever happens. Raises OSError."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:    # PyTorch's writer turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error}); the file from before, if there is one, is whole") from error
+
+
+def find_checkpoint(args, world_size):
+    """The checkpoint to go on from, or None. Ends the program where it comes from other training arguments."""
+    path = Path(args.output_dir, "checkpoint.pth")
+    if not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        before = checkpoint["args"]
+    except Exception as error:
+        sys.exit(f"train.py: error: {path} is no checkpoint of train.py ({str(error).splitlines()[0]}); use another --output_dir, or --overwrite")
+    now = training_arguments(args, world_size)
+    different = [f"{name} was {before[name]}, is {now[name]}" for name in now if name in before and before[name] != now[name]]
+    if different:
+        sys.exit(f"train.py: error: {args.output_dir} holds a run with other arguments: {'; '.join(different)}. Use another --output_dir, or --overwrite")
+    return checkpoint
+
+
+def training_arguments(args, world_size):
+    return {name: value for name, value in vars(args).items() if name not in NOT_TRAINING} | {"processes": world_size}
+
+
+class Log:
+    """log.jsonl, a JSON object a line. Lines after `step`, of a run that was cut off later than its checkpoint, are removed."""
+
+    def __init__(self, path, step):
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):    # a line cut short by a kill
+                    if json.loads(line)["step"] <= step and step > 0:
+                        kept.append(line)
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)
+        self.file = open(path, "a", buffering=1)
+
+    def write(self, **values):
+        self.file.write(json.dumps(values) + "\n")
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def build_networks(args):
+    """(student, teacher): the student with a relation head for each resolution, h and g; the teacher with h for global views, and the same weights."""
+
+    def network(drop_path_rate, resolutions, predictor):
+        backbone = build_encoder(args.arch, args.global_crops_size, args.patch_size, drop_path_rate)
+        head = DINOHead(backbone.dim, args.out_dim, args.norm_last_layer) if args.li_weight else None
+        spatial = [RelationHead(backbone.dim, predictor) for _ in range(resolutions if args.alpha else 0)]
+        channel = [RelationHead(backbone.dim, predictor) for _ in range(resolutions if args.beta else 0)]
+        return Network(backbone, head, spatial, channel)
+
+    student = network(args.drop_path_rate, 2 if args.local_crops_number else 1, predictor=True)
+    teacher = network(0.0, 1, predictor=False)
+    weights = student.state_dict()
+    teacher.load_state_dict({name: weights[name] for name in teacher.state_dict()})
+    return student, teacher.requires_grad_(False)
+
+
+@torch.no_grad()
+def diagnostics(teacher, boxes, dino, sere, teacher_temp):
+    """What shows a collapse, and relations that say nothing. Entropies are in nats, at most ln K, ln N and ln C."""
+
+    def entropy(p):
+        return torch.special.entr(p).sum(dim=-1).mean().item()
+
+    G, C = len(teacher.summary), teacher.summary.shape[-1]
+    valid = [overlap(boxes[q], boxes[v])[1] for v in range(len(boxes)) for q in range(G) if q != v]
+    values = {
+        "feature_std": F.normalize(teacher.summary.float(), dim=-1).std(dim=1).mean().item() * C**0.5,    # 1 spread out, 0 collapsed
+        "overlap": torch.stack(valid).float().mean().item(),
+    }
+    if teacher.embedding is not None:
+        values["teacher_entropy"] = entropy(dino.targets(teacher.embedding, teacher_temp))
+    if teacher.spatial:
+        values["spatial_entropy"] = entropy(spatial_relation(teacher.spatial[0][0], sere.heads, sere.teacher_temperatures[0]).softmax(dim=-1))
+    if teacher.channel:
+        values["channel_entropy"] = entropy(channel_relation(teacher.channel[0][0], sere.teacher_temperatures[1]).softmax(dim=-1))
+    return values
+
+
+def describe(args, processes, effective_batch, lr):
+    """What args.json says: all arguments, and what they became here."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    device = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else platform.processor() or "cpu"
+    return vars(args) | {"processes": processes.size, "effective_batch": effective_batch, "effective_lr": lr, "device": device, "versions": versions}
+
+
+def train(args, processes, requests):
+    """One run, from images to backbone.pth; stops after a step in which `requests` is no longer empty.
+
+    Raises OSError for data that can't be used and for a full disk, FloatingPointError for a loss that is not finite.
+    """
+    device, main_process = processes.device, processes.rank == 0
+    say = tqdm.write if main_process else lambda *_: None
+    output = Path(args.output_dir)
+
+    # --- data
+    images = build_dataset(args.data_path, "train")
+    val = None
+    if args.knn_every and images.classes:
+        with contextlib.suppress(FileNotFoundError):    # a folder without val/ is trained on without kNN
+            val = build_dataset(args.data_path, "val")
+    effective_batch = args.batch_size_per_gpu * processes.size * args.grad_accum_steps
+    steps_per_epoch = len(images) // effective_batch
+    if steps_per_epoch == 0:
+        raise OSError(f"{args.data_path} has {len(images)} images, fewer than a batch of {effective_batch}; lower --batch_size_per_gpu")
+    steps = args.epochs * steps_per_epoch
+    last_step = min(steps, args.max_steps or steps)
+
+    # --- networks, losses, optimizer
+    torch.manual_seed(args.seed)
+    student, teacher = (network.to(device) for network in build_networks(args))
+    photometric = Photometric()
+    dino = DINOLoss(args.out_dim).to(device)
+    sere = SelfRelationLoss(args.relation_heads, args.temperature_spatial, args.temperature_channel, args.sharpen, args.overlap_global, args.overlap_local)
+    optimizer = torch.optim.AdamW(parameter_groups(student), fused=True)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    # --- schedules: a value a step; the teacher's temperature a value an epoch
+    top_lr = args.lr * effective_batch / 256
+    lr = cosine_schedule(top_lr, args.min_lr, steps, args.warmup_epochs * steps_per_epoch).tolist()
+    weight_decay = cosine_schedule(args.weight_decay, args.weight_decay_end, steps).tolist()
+    momentum = cosine_schedule(args.momentum_teacher, 1.0, steps).tolist()
+    rise = torch.linspace(args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs).tolist()
+    teacher_temp = rise + [args.teacher_temp] * (args.epochs - len(rise))
+
+    # --- go on where the last run stopped
+    step, epoch_sums = 0, [0.0] * len(TERMS)
+    if checkpoint := find_checkpoint(args, processes.size):
+        for name, part in {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler, "dino": dino}.items():
+            part.load_state_dict(checkpoint[name])
+        step, epoch_sums = checkpoint["step"], checkpoint["epoch_sums"]
+        del checkpoint
+
+    def save_checkpoint():
+        if main_process:
+            save(teacher.backbone.state_dict(), output / "backbone.pth")
+            save({
+                "student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "dino": dino.state_dict(), "step": step, "epoch_sums": epoch_sums, "args": training_arguments(args, processes.size),
+            }, output / "checkpoint.pth")
+
+    # --- what is written
+    if main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "args.json").write_text(json.dumps(describe(args, processes, effective_batch, top_lr), indent=2) + "\n")
+    log = Log(output / "log.jsonl", step) if main_process else None
+    say(f"{args.recipe}: {args.arch}/{args.patch_size} on {len(images)} images of {args.data_path}; {processes.size} process(es), {device.type}, {args.precision}")
+    say(f"{args.epochs} epochs of {steps_per_epoch} steps; effective batch {effective_batch}, learning rate {top_lr:.2g}; results go to {output}/")
+    if step:
+        say(f"going on after step {step}" if step < last_step else f"{output}/ is complete up to step {step}: for another run use another --output_dir, or --overwrite")
+
+    def evaluate_knn(epoch):
+        accuracy = knn_accuracy(
+            teacher.backbone, Readable(images), val, args.global_crops_size, device, most=20_000,
+            batch_size=args.batch_size_per_gpu, num_workers=args.num_workers,
+        )[20]
+        say(f"epoch {epoch}: kNN {accuracy:.1f} %" + (" (untrained)" if epoch == 0 else ""))
+        return accuracy
+
+    if step == 0 and val is not None:
+        accuracy = evaluate_knn(0)
+        if main_process:
+            log.write(step=0, epoch=0, kNN=accuracy)
+
+    # --- ready
+    if args.compile:
+        for module in (student, teacher, photometric, dino, sere):
+            module.compile(dynamic=False)
+    network = student
+    if processes.distributed:
+        network = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
+    batches = Batches(len(images), args.batch_size_per_gpu, args.grad_accum_steps, processes.rank, processes.size, args.seed, start=step)
+    multicrop = MultiCrop(args.global_crops_size, args.global_crops_scale, args.local_crops_number, args.local_crops_size, args.local_crops_scale)
+    stream = iter(DataLoader(
+        ViewsOfImages(images, multicrop, args.seed), batch_sampler=batches, num_workers=args.num_workers, collate_fn=collate,
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+    )) if step < last_step else None
+    history, complaints, stopping = [], [], False
+    window_step, window_start, waited = step, time.perf_counter(), 0.0    # what images/s is measured over
+    bar = tqdm(total=steps, initial=step, disable=None if main_process else True, unit="step", dynamic_ncols=True)
+
+    # --- the loop
+    while step < last_step and not stopping:
+        epoch = step // steps_per_epoch
+        for group in optimizer.param_groups:
+            group["lr"] = lr[step]
+        optimizer.param_groups[0]["weight_decay"] = weight_decay[step]    # the other group has none
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, step, processes.rank)).generate_state(1)[0]))    # stochastic depth
+
+        terms = 0.0
+        for micro_step in range(args.grad_accum_steps):
+            asked = time.perf_counter()
+            batch, new_complaints = next(stream)
+            waited += time.perf_counter() - asked
+            for complaint in new_complaints:
+                tqdm.write(f"{complaint}; the next image stands in", file=sys.stderr)
+            complaints += new_complaints
+
+            # views: uint8 crops -> coloured, normalised images (V, B, 3, S, S), by resolution, global first
+            rows = batch.rows.to(device, non_blocking=True)    # (views, B, ROW)
+            boxes = rows[:, :, BOX]                            # (views, B, 5)
+            views = []
+            for crops, its_rows in zip(batch.crops, rows.split([len(c) for c in batch.crops])):
+                crops = crops.to(device, non_blocking=True)
+                views.append(photometric(crops.flatten(0, 1), its_rows.flatten(0, 1)).unflatten(0, crops.shape[:2]))
+            if step == 0 and micro_step == 0 and main_process:
+                draw_views(output / "views.png", [v[:, :4].cpu() for v in views], boxes[:, :4].cpu(), (args.overlap_global, args.overlap_local))
+
+            # gradients are averaged over processes once a step, in its last backward pass
+            synchronized = micro_step == args.grad_accum_steps - 1 or not processes.distributed
+            with contextlib.nullcontext() if synchronized else network.no_sync():
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    with torch.no_grad():
+                        taught = teacher(views[:1])
+                    learned = network(views)
+                l_i = dino(learned.embedding, taught.embedding, teacher_temp[epoch]) if args.li_weight else boxes.new_zeros(())
+                l_p, l_c = sere(taught, learned, boxes)
+                loss = args.li_weight * l_i + args.alpha * l_p + args.beta * l_c    # Eq. 6
+                scaler.scale(loss / args.grad_accum_steps).backward()
+            terms = terms + torch.stack([loss, l_i, l_p, l_c]).detach() / args.grad_accum_steps
+
+        scaler.unscale_(optimizer)
+        if epoch < args.freeze_last_layer and student.head:
+            for parameter in student.head.last_layer.parameters():
+                parameter.grad = None
+        if args.clip_grad:
+            clip_gradients(student.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        update_teacher(student, teacher, momentum[step])
+        if args.li_weight:
+            dino.update_center()
+        history.append(terms)
+        step += 1
+        bar.update()
+
+        # --- now and then: look, log, save
+        logs, epoch_ends = step % args.log_every == 0, step % steps_per_epoch == 0
+        stopping = processes.sum(len(requests)) > 0
+        saves = epoch_ends or stopping or step == last_step or (args.checkpoint_steps and step % args.checkpoint_steps == 0)
+        if not (logs or saves):
+            continue
+        values = processes.mean(torch.stack(history)).double().cpu()    # (steps, TERMS); waits for the GPU, nothing above does
+        check_finite(values, step, output)
+        epoch_sums = [total + value for total, value in zip(epoch_sums, values.sum(dim=0).tolist())]
+        history.clear()
+        if logs:
+            terms = dict(zip(TERMS, values[-1].tolist()))
+            steps_taken, seconds = step - window_step, time.perf_counter() - window_start
+            unreadable = processes.sum(len(complaints))
+            if main_process:
+                log.write(
+                    step=step, epoch=step / steps_per_epoch, **terms, lr=optimizer.param_groups[0]["lr"], teacher_temp=teacher_temp[epoch],
+                    images_per_s=steps_taken * effective_batch / seconds, data_wait=waited / seconds, unreadable=unreadable,
+                    peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+                    **diagnostics(taught, boxes, dino, sere, teacher_temp[epoch]),
+                )
+            bar.set_postfix({name: f"{value:.3f}" for name, value in terms.items()} | {"images/s": f"{steps_taken * effective_batch / seconds:.0f}"})
+            window_step, window_start, waited = step, time.perf_counter(), 0.0
+            complaints.clear()
+        if epoch_ends:
+            done = step // steps_per_epoch
+            means = {name: total / steps_per_epoch for name, total in zip(TERMS, epoch_sums)}
+            epoch_sums = [0.0] * len(TERMS)
+            line = {"kNN": evaluate_knn(done)} if val is not None and (done % args.knn_every == 0 or step == steps) else {}
+            if main_process:
+                log.write(step=step, epoch=done, mean=means, **line)
+        if saves:
+            save_checkpoint()
+    bar.close()
+
+    # --- the end
+    if stopping:
+        say(f"stopped by {signal.Signals(requests[0]).name if requests else 'another process'} after step {step} of {steps}; the same command goes on from there")
+        return
+    if main_process:
+        if not (output / "backbone.pth").exists():    # deleted since
+            save_checkpoint()
+        draw_attention_of(images if val is None else val, teacher.backbone, args.global_crops_size, device, output / "attention.png")
+    say(f"done: {steps} steps. python evaluate.py knn --pretrained_weights {output}/backbone.pth --data_path {args.data_path}" if step == steps
+        else f"stopped at --max_steps {step} of {steps}; the same command with a larger one, or without, goes on")
+
+
+def check_finite(values, step, output):
+    """values: (steps, TERMS), the last of step number `step`. Raises FloatingPointError naming the first term and step that is not finite."""
+    faults = (~values.isfinite()).nonzero().tolist()
+    if faults:
+        row, column = min(faults, key=lambda fault: (fault[0], -fault[1]))    # a later column is a part of the first, the sum
+        raise FloatingPointError(
+            f"{TERMS[column]} is {values[row, column].item()} in step {step - len(values) + 1 + row}. Nothing was saved over the checkpoint of before in {output}/. "
+            "Try a lower --lr, --precision bf16 or fp32, or a longer --warmup_epochs"
+        )
+
+
+def draw_attention_of(images, encoder, size, device, path, number=6):
+    """Fig. 4 for a few images of a data set."""
+    chosen = [Readable(images)[i][0] for i in np.random.default_rng(0).permutation(len(images))[:number]]
+    crops = torch.stack([evaluation_crop(size)(image) for image in chosen])
+    draw_attention(path, encoder, normalize(crops.to(device).float() / 255))
+
+
+def main(argv=None):
+    """Train as the command line (a list of str; sys.argv if None) says."""
+    args = parse_args(argv)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    processes = Processes()
+    cuda = processes.device.type == "cuda"
+    if args.precision == "auto":
+        args.precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
+    if args.compile is None:
+        args.compile = cuda
+    torch.set_float32_matmul_precision("high")    # what runs in float32 beside autocast: self-relations, losses
+    if args.overwrite and processes.rank == 0:
+        for name in ("checkpoint.pth", "log.jsonl"):
+            Path(args.output_dir, name).unlink(missing_ok=True)
+    try:
+        with stop_requests() as requests:
+            train(args, processes, requests)
+    except (OSError, FloatingPointError) as error:
+        sys.exit(f"train.py: error: {str(error).strip().splitlines()[-1]}")    # a loader's worker puts its stack before the message
+    finally:
+        processes.close()
+    if requests:
+        sys.exit(128 + requests[0])    # as a shell reports a process that a signal ended
+
+
+if __name__ == "__main__":
+    main()
