@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed._functional_collectives import all_reduce    # differentiable, and torch.compile knows it
 
 from sampler import overlap, region_align
 
@@ -59,7 +59,7 @@ def relation_cross_entropy(teacher_logits, student_logits):
 def average_over_processes(x):
     """Mean of x over all processes, differentiable; x itself when there is one process."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return all_reduce(x) / dist.get_world_size()
+        return all_reduce(x, "sum", dist.group.WORLD) / dist.get_world_size()
     return x
 
 

@@ -1175,7 +1175,10 @@ def gradients_of_a_step(rank=0, processes=1):
     boxes[2, :2, :4], boxes[:2, :2, :4] = torch.tensor([0.0, 0.0, 0.2, 0.2]), torch.tensor([0.3, 0.3, 1.0, 1.0])    # processes with unequally many pairs that overlap
     share = slice(rank * 6 // processes, (rank + 1) * 6 // processes)
     views, boxes = [v[:, share] for v in views], boxes[:, share]
-    network = torch.nn.parallel.DistributedDataParallel(student, broadcast_buffers=False) if processes > 1 else student
+    network = student
+    if processes > 1:
+        student.compile(fullgraph=True, backend="eager")    # collectives included, no graph break
+        network = torch.nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
     dino, sere = baselines.DINOLoss(args.out_dim), relations.SelfRelationLoss(overlap_global=4, overlap_local=2)
     with torch.no_grad():
         taught = teacher(views[:1])

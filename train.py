@@ -420,6 +420,8 @@ def train(args, processes, requests):
             part.load_state_dict(checkpoint[name])
         step, epoch_sums = checkpoint["step"], checkpoint["epoch_sums"]
         del checkpoint
+    if processes.sum(step) != step * processes.size:
+        raise OSError(f"the processes found different checkpoints in {output}/; it must be one folder for all machines")
 
     def save_checkpoint():
         if main_process:
@@ -606,6 +608,7 @@ def main(argv=None):
     if args.overwrite and processes.rank == 0:
         for name in ("checkpoint.pth", "log.jsonl"):
             Path(args.output_dir, name).unlink(missing_ok=True)
+    processes.sum(0)    # wait until that is done
     try:
         with stop_requests() as requests:
             train(args, processes, requests)
