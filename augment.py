@@ -59,7 +59,7 @@ class MultiCrop:
             for number, size, geometry in self.resolutions:
                 batch = []
                 for _ in range(number):
-                    torch.manual_seed(int(np.random.SeedSequence((*seed, view)).generate_state(1, np.uint64)[0]))
+                    torch.default_generator.manual_seed(int(np.random.SeedSequence((*seed, view)).generate_state(1, np.uint64)[0]))
                     crop, box = self._crop(image, size, geometry)
                     batch.append(crop)
                     rows.append(torch.cat([box, self._photometric_row(view)]))

@@ -998,7 +998,7 @@ def test_resuming_in_mid_epoch_changes_nothing(folder, uninterrupted, tmp_path, 
     same_run(tmp_path, uninterrupted)
     before = (tmp_path / "log.jsonl").read_bytes()
     run(folder, tmp_path)    # a finished run says so and stays as it is
-    assert "is complete" in capsys.readouterr().out and (tmp_path / "log.jsonl").read_bytes() == before
+    assert "holds a finished run" in capsys.readouterr().out and (tmp_path / "log.jsonl").read_bytes() == before
     same_run(tmp_path, uninterrupted)
 
 

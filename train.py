@@ -124,7 +124,7 @@ def parse_args(argv=None):
     flag(g, "weight_decay_end", 0.4, "at the end, by cosine")
     flag(g, "clip_grad", 3.0, "largest norm of each parameter's own gradient; 0: don't clip")
     g = parser.add_argument_group("machine (the device is found; torchrun makes it several)")
-    flag(g, "num_workers", min(10, os.cpu_count() or 1), "loader processes a training process; what is trained does not depend on it")
+    flag(g, "num_workers", max(1, min(10, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))), "loader processes a training process; what is trained does not depend on it")
     flag(g, "precision", "auto", "auto: bf16 where the GPU has it, else fp16; fp32 on a CPU", choices=["auto", "bf16", "fp16", "fp32"])
     switch(g, "compile", None, "torch.compile; on for CUDA unless told otherwise")
     switch(g, "deterministic", False, "bit-for-bit repeatable on CUDA too, and slower")
@@ -439,7 +439,7 @@ def train(args, processes, requests):
     say(f"{args.recipe}: {args.arch}/{args.patch_size} on {len(images)} images of {args.data_path}; {processes.size} process(es), {device.type}, {args.precision}")
     say(f"{args.epochs} epochs of {steps_per_epoch} steps; effective batch {effective_batch}, learning rate {top_lr:.2g}; results go to {output}/")
     if step:
-        say(f"going on after step {step}" if step < last_step else f"{output}/ is complete up to step {step}: for another run use another --output_dir, or --overwrite")
+        say(f"going on after step {step}" if step < steps else f"{output}/ holds a finished run; for another use another --output_dir, or --overwrite")
 
     def evaluate_knn(epoch):
         accuracy = knn_accuracy(
@@ -604,7 +604,8 @@ def main(argv=None):
         args.precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
     if args.compile is None:
         args.compile = cuda
-    torch.set_float32_matmul_precision("high")    # what runs in float32 beside autocast: self-relations, losses
+    if cuda:
+        torch.set_float32_matmul_precision("high")    # TF32 for what autocast leaves in float32: self-relations
     if args.overwrite and processes.rank == 0:
         for name in ("checkpoint.pth", "log.jsonl"):
             Path(args.output_dir, name).unlink(missing_ok=True)
