@@ -141,7 +141,7 @@ class Shapes(torch.utils.data.Dataset):
     """
 
     SIZE = 64
-    LENGTH = {"train": 10_000, "val": 1_000}
+    LENGTH = {"train": 5_000, "val": 1_000}
 
     def __init__(self, split):
         self.split, self.classes = split, len(SHAPES)

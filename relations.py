@@ -26,7 +26,7 @@ def spatial_relation(features, heads, temperature=1.0):
     """
     B, C, N = features.shape
     if C % heads:
-        possible = [m for m in range(1, C + 1) if C % m == 0 and m <= 64]
+        possible = [m for m in range(1, C + 1) if C % m == 0]
         raise ValueError(f"{C} channels can't be split into {heads} relation heads; possible: {possible}")
     p = features.reshape(B, heads, C // heads, N)
     return p.mT @ p / (math.sqrt(C // heads) * temperature)    # (B, M, N, N)

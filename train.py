@@ -44,8 +44,8 @@ RECIPES = {
     "dino": {},
     "demo": dict(
         data_path="shapes", arch="vit_nano", patch_size=8, drop_path_rate=0.0, global_crops_size=48, local_crops_size=24,
-        out_dim=1024, batch_size_per_gpu=64, epochs=8, warmup_epochs=1, lr=0.004, min_lr=1e-5, momentum_teacher=0.99,
-        overlap_global=6, overlap_local=3, knn_every=2,
+        overlap_global=6, overlap_local=3, out_dim=1024, epochs=6, warmup_epochs=2, lr=0.008, min_lr=1e-5, momentum_teacher=0.99, knn_every=2,
+        li_weight=0.1,    # in a few hundred steps DINO alone does not leave ln K; it would slow the self-relations down
     ),
 }
 
@@ -177,10 +177,11 @@ def find_fault(args):
         return f"--warmup_epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}"
     if args.warmup_teacher_temp_epochs > args.epochs:
         return f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is more than --epochs {args.epochs}"
-    dim = ARCHITECTURES[args.arch]["dim"]
-    if args.alpha and dim % args.relation_heads:
-        possible = ", ".join(str(m) for m in range(1, 33) if dim % m == 0)
-        return f"--relation_heads {args.relation_heads} does not divide the {dim} channels of {args.arch}; possible: {possible}"
+    if args.alpha:
+        try:
+            spatial_relation(torch.empty(1, ARCHITECTURES[args.arch]["dim"], 1), args.relation_heads)
+        except ValueError as error:
+            return f"--relation_heads {args.relation_heads}, --arch {args.arch}: {error}"
     return None
 
 
@@ -344,6 +345,16 @@ def build_networks(args):
     return student, teacher.requires_grad_(False)
 
 
+def colour(batch, photometric, device):
+    """A loader's batch -> views, by resolution, global first, (V, B, 3, S, S) as networks take them, and their boxes (views, B, 5)."""
+    rows = batch.rows.to(device, non_blocking=True)    # (views, B, ROW)
+    views = []
+    for crops, its_rows in zip(batch.crops, rows.split([len(crops) for crops in batch.crops])):
+        crops = crops.to(device, non_blocking=True)
+        views.append(photometric(crops.flatten(0, 1), its_rows.flatten(0, 1)).unflatten(0, crops.shape[:2]))
+    return views, rows[:, :, BOX]
+
+
 @torch.no_grad()
 def diagnostics(teacher, boxes, dino, sere, teacher_temp):
     """What shows a collapse, and relations that say nothing. Entropies are in nats, at most ln K, ln N and ln C."""
@@ -488,13 +499,7 @@ def train(args, processes, requests):
                 tqdm.write(f"{complaint}; the next image stands in", file=sys.stderr)
             complaints += new_complaints
 
-            # views: uint8 crops -> coloured, normalised images (V, B, 3, S, S), by resolution, global first
-            rows = batch.rows.to(device, non_blocking=True)    # (views, B, ROW)
-            boxes = rows[:, :, BOX]                            # (views, B, 5)
-            views = []
-            for crops, its_rows in zip(batch.crops, rows.split([len(c) for c in batch.crops])):
-                crops = crops.to(device, non_blocking=True)
-                views.append(photometric(crops.flatten(0, 1), its_rows.flatten(0, 1)).unflatten(0, crops.shape[:2]))
+            views, boxes = colour(batch, photometric, device)
             if step == 0 and micro_step == 0 and main_process:
                 draw_views(output / "views.png", [v[:, :4].cpu() for v in views], boxes[:, :4].cpu(), (args.overlap_global, args.overlap_local))
 
@@ -549,7 +554,6 @@ def train(args, processes, requests):
                     **diagnostics(taught, boxes, dino, sere, teacher_temp[epoch]),
                 )
             bar.set_postfix({name: f"{value:.3f}" for name, value in terms.items()} | {"images/s": f"{steps_taken * effective_batch / seconds:.0f}"})
-            window_step, window_start, waited = step, time.perf_counter(), 0.0
             complaints.clear()
         if epoch_ends:
             done = step // steps_per_epoch
@@ -560,6 +564,7 @@ def train(args, processes, requests):
                 log.write(step=step, epoch=done, mean=means, **line)
         if saves:
             save_checkpoint()
+        window_step, window_start, waited = step, time.perf_counter(), 0.0
     bar.close()
 
     # --- the end
