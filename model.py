@@ -243,7 +243,7 @@ def read_encoder_weights(path, checkpoint_key="teacher"):
     state = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
     parts = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
     encoder = {key: value for key, value in state.items() if key.startswith(parts)}
-    if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"} <= encoder.keys():
+    if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight"} <= encoder.keys():
         raise ValueError(f"{path} holds no ViT; its first keys are {list(state)[:5]}")
     return encoder, sorted(state.keys() - encoder.keys())
 

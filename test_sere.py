@@ -955,9 +955,9 @@ def uninterrupted(folder, tmp_path_factory):
 def losses(output):
     """{step: (loss, L_I, L_p, L_c)} and {step: kNN} of a log."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if "lr" in line]
-    assert steps == sorted(set(steps))
-    return {line["step"]: tuple(line[name] for name in train.TERMS) for line in lines if "lr" in line}, {line["step"]: line["kNN"] for line in lines if "kNN" in line}
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == sorted({line["step"] for line in steps})
+    return {line["step"]: tuple(line[name] for name in train.TERMS) for line in steps}, {line["step"]: line["kNN"] for line in lines if "kNN" in line}
 
 
 def same_run(a, b):
@@ -972,13 +972,13 @@ def test_a_run_writes_what_the_design_lists(uninterrupted, folder):
     for loss, l_i, l_p, l_c in steps.values():
         assert loss == pytest.approx(l_i + l_p + l_c)    # Eq. 6
     lines = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
-    logged = {"step", "epoch", "loss", "L_I", "L_p", "L_c", "lr", "teacher_temp", "images_per_s", "data_wait", "unreadable", "peak_memory_gib",
+    logged = {"kind", "step", "epoch", "loss", "L_I", "L_p", "L_c", "lr", "teacher_temp", "images_per_s", "data_wait", "unreadable", "peak_memory_gib",
               "feature_std", "overlap", "teacher_entropy", "spatial_entropy", "channel_entropy"}
     assert set(lines[1]) == logged
     assert 0 <= lines[1]["teacher_entropy"] <= math.log(32) and 0 <= lines[1]["spatial_entropy"] <= math.log(16) and 0 <= lines[1]["channel_entropy"] <= math.log(96)
-    for epoch, line in enumerate((line for line in lines if "mean" in line), start=1):
-        assert line["epoch"] == epoch and line["mean"]["loss"] == pytest.approx(np.mean([steps[s][0] for s in range(4 * epoch - 3, 4 * epoch + 1)]))
-    assert [line["lr"] for line in lines if "lr" in line] == pytest.approx(train.cosine_schedule(0.0005 * 4 / 256, 1e-6, 12, warmup=4).tolist())
+    for epoch, line in enumerate((line for line in lines[1:] if line["kind"] == "epoch"), start=1):
+        assert line["epoch"] == epoch and line["loss"] == pytest.approx(np.mean([steps[s][0] for s in range(4 * epoch - 3, 4 * epoch + 1)]))
+    assert [line["lr"] for line in lines if line["kind"] == "step"] == pytest.approx(train.cosine_schedule(0.0005 * 4 / 256, 1e-6, 12, warmup=4).tolist())
     described = json.loads((uninterrupted / "args.json").read_text())
     assert described["effective_batch"] == 4 and described["effective_lr"] == 0.0005 * 4 / 256 and described["versions"]["torch"] == torch.__version__
     assert Image.open(uninterrupted / "views.png").size == (4 * (192 + 4) + 4, 4 * (192 + 4) + 4)
@@ -991,7 +991,7 @@ def test_resuming_in_mid_epoch_changes_nothing(folder, uninterrupted, tmp_path, 
     run(folder, tmp_path, "--max_steps", 3)
     assert "stopped at --max_steps 3 of 12" in capsys.readouterr().out
     with open(tmp_path / "log.jsonl", "a") as log:    # as if killed after the checkpoint, in mid-line
-        log.write('{"step": 4, "lr": 1, "loss": 99, "L_I": 1, "L_p": 1, "L_c": 1}\n{"step": 5, "lo')
+        log.write('{"kind": "step", "step": 4, "loss": 99, "L_I": 1, "L_p": 1, "L_c": 1}\n{"kind": "step", "step": 5, "lo')
     run(folder, tmp_path, "--max_steps", 8)
     assert "going on after step 3" in capsys.readouterr().out
     run(folder, tmp_path)

@@ -171,6 +171,8 @@ def find_fault(args):
         if not 0 < low <= high <= 1:
             return f"--{kind}_crops_scale must be two rising numbers in (0, 1], not {low:g} {high:g}"
         size = getattr(args, f"{kind}_crops_size")
+        if kind == "local" and args.local_crops_number == 0:
+            continue
         if size < args.patch_size or size % args.patch_size:
             return f"--{kind}_crops_size {size} is not a multiple of --patch_size {args.patch_size}"
     if args.warmup_epochs >= args.epochs:
@@ -307,7 +309,7 @@ def training_arguments(args, world_size):
 
 
 class Log:
-    """log.jsonl, a JSON object a line. Lines after `step`, of a run that was cut off later than its checkpoint, are removed."""
+    """log.jsonl, a JSON object a line, its kind "step" (values of that step) or "epoch" (means over it). Lines after `step`, of a run that was cut off later than its checkpoint, are removed."""
 
     def __init__(self, path, step):
         kept = []
@@ -460,10 +462,12 @@ def train(args, processes, requests):
         say(f"epoch {epoch}: kNN {accuracy:.1f} %" + (" (untrained)" if epoch == 0 else ""))
         return accuracy
 
+    if args.knn_every and val is None:
+        say(f"no kNN while training: it needs a folder a class in {args.data_path}/train and {args.data_path}/val")
     if step == 0 and val is not None:
         accuracy = evaluate_knn(0)
         if main_process:
-            log.write(step=0, epoch=0, kNN=accuracy)
+            log.write(kind="epoch", step=0, epoch=0, kNN=accuracy)
 
     # --- ready
     if args.compile:
@@ -548,7 +552,7 @@ def train(args, processes, requests):
             unreadable = processes.sum(len(complaints))
             if main_process:
                 log.write(
-                    step=step, epoch=step / steps_per_epoch, **terms, lr=optimizer.param_groups[0]["lr"], teacher_temp=teacher_temp[epoch],
+                    kind="step", step=step, epoch=step / steps_per_epoch, **terms, lr=optimizer.param_groups[0]["lr"], teacher_temp=teacher_temp[epoch],
                     images_per_s=steps_taken * effective_batch / seconds, data_wait=waited / seconds, unreadable=unreadable,
                     peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
                     **diagnostics(taught, boxes, dino, sere, teacher_temp[epoch]),
@@ -561,7 +565,7 @@ def train(args, processes, requests):
             epoch_sums = [0.0] * len(TERMS)
             line = {"kNN": evaluate_knn(done)} if val is not None and (done % args.knn_every == 0 or step == steps) else {}
             if main_process:
-                log.write(step=step, epoch=done, mean=means, **line)
+                log.write(kind="epoch", step=step, epoch=done, **means, **line)
         if saves:
             save_checkpoint()
         window_step, window_start, waited = step, time.perf_counter(), 0.0
