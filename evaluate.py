@@ -128,7 +128,9 @@ class Probes(nn.Module):
         return torch.stack([probe(features) for probe in self.probes])
 
 
-def linear_accuracy(encoder, train, val, size, device, epochs=100, batch_size=128, rates=LEARNING_RATES, holdout=0.1, blocks=4, mean_patch=False, num_workers=0):
+def linear_accuracy(
+    encoder, train, val, size, device, epochs=100, rates=LEARNING_RATES, holdout=0.1, blocks=4, mean_patch=False, batch_size=128, num_workers=0
+):
     """DINO's linear evaluation: SGD with momentum, no weight decay, cosine to 0, random resized crops and flips.
 
     All rates are trained side by side on the same batches. The one to report is chosen on the share `holdout` of the
@@ -152,11 +154,11 @@ def linear_accuracy(encoder, train, val, size, device, epochs=100, batch_size=12
     groups = [{"params": probe.parameters(), "lr": rate * batch_size / 256} for probe, rate in zip(probes.probes, rates)]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported())
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
 
     @torch.no_grad()
     def features(x):
-        with autocast:
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16):
             return linear_features(encoder, normalize(x.to(device).float() / 255), blocks, mean_patch)
 
     @torch.no_grad()
@@ -164,7 +166,8 @@ def linear_accuracy(encoder, train, val, size, device, epochs=100, batch_size=12
         right = sum((probes(features(x)).argmax(dim=-1) == y.to(device)).sum(dim=1) for x, y in loader)
         return (100 * right / len(loader.dataset)).tolist()
 
-    for _ in tqdm(range(epochs), desc="linear probes", unit="epoch", disable=None):
+    bar = tqdm(total=epochs * len(loader), desc="linear probes", unit="step", disable=None)
+    for _ in range(epochs):
         for x, y in loader:
             logits, y = probes(features(x)), y.to(device)
             # every probe has its own parameters, so the sum trains each as if alone
@@ -172,7 +175,9 @@ def linear_accuracy(encoder, train, val, size, device, epochs=100, batch_size=12
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            bar.update()
         schedule.step()
+    bar.close()
 
     on_val = accuracy(val_loader)
     on_held = accuracy(held_loader) if held.any() else on_val
@@ -180,10 +185,46 @@ def linear_accuracy(encoder, train, val, size, device, epochs=100, batch_size=12
     return list(zip(rates, on_held, on_val)), chosen
 
 
+# --- tasks: each prints a table, and returns what --json writes of it ---------------------------------------------------
+
+
+def knn_task(args, encoder, train, val, size, device):
+    accuracy = knn_accuracy(
+        encoder, train, val, size, device, args.nb_knn, args.temperature, batch_size=args.batch_size_per_gpu, num_workers=args.num_workers
+    )
+    print(f"kNN, T = {args.temperature}, {size} px, {int((train.labels >= 0).sum())} training and {len(val)} validation images of {args.data_path}")
+    print("    k   top-1")
+    for k, value in accuracy.items():
+        print(f"{k:5d}  {value:5.1f} %")
+    return {"temperature": args.temperature, "top1": accuracy}
+
+
+def linear_task(args, encoder, train, val, size, device):
+    large = encoder.dim >= 768
+    blocks = args.n_last_blocks or (1 if large else 4)
+    mean_patch = large if args.avgpool_patchtokens is None else args.avgpool_patchtokens
+    rows, chosen = linear_accuracy(
+        encoder, train, val, size, device, args.epochs, args.lr, args.holdout, blocks, mean_patch, args.batch_size_per_gpu, args.num_workers
+    )
+    features = f"class token of the last {blocks} block(s){' and mean patch' if mean_patch else ''}"
+    print(f"linear, {features}, {size} px, {args.epochs} epochs, batch {args.batch_size_per_gpu}, final epoch, {len(val)} validation images of {args.data_path}")
+    print("  lr / 256   held out      val")
+    for i, (rate, on_held, on_val) in enumerate(rows):
+        print(f"{rate:10g}    {on_held:5.1f} %  {on_val:5.1f} %" + (f"  <- chosen on {'what was held out' if args.holdout else 'val'}" if i == chosen else ""))
+    return {
+        "epochs": args.epochs, "batch_size": args.batch_size_per_gpu, "blocks": blocks, "mean_patch": mean_patch, "holdout": args.holdout,
+        "rates": [dict(zip(("lr", "held_out", "val"), row)) for row in rows], "lr": rows[chosen][0], "top1": rows[chosen][2],
+    }
+
+
+TASKS = {"knn": knn_task, "linear": linear_task}
+
+
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
+    """The command line, checked; ends with one line and status 2 where it makes no sense."""
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
     add("--pretrained_weights", required=True, help="backbone.pth or checkpoint.pth of train.py, or a released file of DINO, iBOT, SERE or timm")
@@ -196,26 +237,33 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of what is random: the linear probes, their crops and which images they hold out")
     add("--json", metavar="FILE", help="write the result there too")
 
-    parser = argparse.ArgumentParser(prog="evaluate.py", usage="evaluate.py knn|linear --pretrained_weights FILE --data_path PATH [--flag value ...]", description=__doc__.split("\n")[0])
+    usage = "evaluate.py {} --pretrained_weights FILE --data_path PATH [--flag value ...]"
+    parser = argparse.ArgumentParser(prog="evaluate.py", usage=usage.format("knn|linear"), description=__doc__.split("\n")[0])
     tasks = parser.add_subparsers(dest="task", required=True)
-    style = dict(parents=[common], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    knn = tasks.add_parser("knn", prog="evaluate.py", help="weighted k-nearest neighbours", usage="evaluate.py knn --pretrained_weights FILE --data_path PATH [--flag value ...]", **style)
-    knn.add_argument("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="k")
-    knn.add_argument("--temperature", type=float, default=0.07, help="votes weigh exp(similarity / temperature)")
-    linear = tasks.add_parser("linear", prog="evaluate.py", help="linear classification", usage="evaluate.py linear --pretrained_weights FILE --data_path PATH [--flag value ...]", **style)
-    linear.add_argument("--epochs", type=int, default=100, help="passes over the training images")
-    linear.add_argument("--lr", type=float, nargs="+", default=LEARNING_RATES, help="learning rates per 256 images, trained side by side")
-    linear.add_argument("--holdout", type=float, default=0.1, help="share of the training images kept to choose the rate on; 0: choose on val, as iBOT does")
-    linear.add_argument("--n_last_blocks", type=int, help="blocks whose class tokens are taken; 4, for vit_base and vit_large 1, if not given")
-    linear.add_argument("--avgpool_patchtokens", action=argparse.BooleanOptionalAction, help="the last block's mean patch too; for vit_base and vit_large if not given")
+
+    def task(name, help):
+        style = argparse.ArgumentDefaultsHelpFormatter
+        return tasks.add_parser(name, help=help, prog="evaluate.py", usage=usage.format(name), parents=[common], formatter_class=style).add_argument
+
+    add = task("knn", "weighted k-nearest neighbours")
+    add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="k")
+    add("--temperature", type=float, default=0.07, help="votes weigh exp(similarity / temperature)")
+    add = task("linear", "linear classification")
+    add("--epochs", type=int, default=100, help="passes over the training images")
+    add("--lr", type=float, nargs="+", default=LEARNING_RATES, help="learning rates per 256 images, trained side by side")
+    add("--holdout", type=float, default=0.1, help="share of the training images kept to choose the rate on; 0: choose on val, as iBOT does")
+    add("--n_last_blocks", type=int, help="blocks whose class tokens are taken; 4, for vit_base and vit_large 1, if not given")
+    add("--avgpool_patchtokens", action=argparse.BooleanOptionalAction, help="the last block's mean patch too; for vit_base and vit_large if not given")
     args = parser.parse_args(argv)
 
-    positive = {name: value for name, value in vars(args).items() if name in ("image_size", "batch_size_per_gpu", "epochs", "temperature", "n_last_blocks", "nb_knn", "lr")}
-    for name, value in positive.items():
+    for name in {"image_size", "batch_size_per_gpu", "epochs", "temperature", "n_last_blocks", "nb_knn", "lr"} & vars(args).keys():
+        value = getattr(args, name)
         if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
             parser.error(f"--{name} must be above 0")
     if args.task == "linear" and not 0 <= args.holdout < 1:
         parser.error("--holdout must lie in [0, 1)")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: its folder does not exist")
     return args
 
 
@@ -227,38 +275,20 @@ def main(argv=None):
     try:
         encoder = load_encoder(args.pretrained_weights, args.arch, args.checkpoint_key).to(device).requires_grad_(False)
         train, val = build_dataset(args.data_path, "train"), build_dataset(args.data_path, "val")
-        if not train.classes:
-            raise ValueError(f"{args.data_path} has no labels: train/ needs a folder a class")
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: error: {error}")
     size = args.image_size or encoder.grid * encoder.patch_size
+    if not train.classes:
+        sys.exit(f"evaluate.py: error: {args.data_path} has no labels: it needs a folder a class in train/ and val/")
     if size % encoder.patch_size:
         sys.exit(f"evaluate.py: error: --image_size {size} is not a multiple of the patch size {encoder.patch_size}")
-    result = {"task": args.task, "pretrained_weights": args.pretrained_weights, "data_path": args.data_path, "image_size": size, "train_images": int((train.labels >= 0).sum()), "val_images": len(val)}
-    loading = dict(batch_size=args.batch_size_per_gpu, num_workers=args.num_workers)
     try:
-        if args.task == "knn":
-            accuracy = knn_accuracy(encoder, train, val, size, device, args.nb_knn, args.temperature, **loading)
-            result |= {"temperature": args.temperature, "top1": accuracy}
-            print(f"kNN, T = {args.temperature}, {size} px, {result['train_images']} training and {len(val)} validation images of {args.data_path}")
-            print("    k   top-1")
-            for k, value in accuracy.items():
-                print(f"{k:5d}  {value:5.1f} %")
-        else:
-            large = encoder.dim >= 768
-            blocks = args.n_last_blocks or (1 if large else 4)
-            mean_patch = large if args.avgpool_patchtokens is None else args.avgpool_patchtokens
-            rows, chosen = linear_accuracy(encoder, train, val, size, device, args.epochs, rates=args.lr, holdout=args.holdout, blocks=blocks, mean_patch=mean_patch, **loading)
-            result |= {"epochs": args.epochs, "batch_size": args.batch_size_per_gpu, "blocks": blocks, "mean_patch": mean_patch, "holdout": args.holdout}
-            result |= {"rates": [dict(zip(("lr", "held_out", "val"), row)) for row in rows], "lr": rows[chosen][0], "top1": rows[chosen][2]}
-            print(f"linear, class token of the last {blocks} block(s){' and mean patch' if mean_patch else ''}, {size} px, {args.epochs} epochs, batch {args.batch_size_per_gpu}; final epoch")
-            print("  lr / 256   held out     val")
-            for i, (rate, on_held, on_val) in enumerate(rows):
-                print(f"{rate:10g}    {on_held:5.1f} %  {on_val:5.1f} %{'  <- chosen ' + ('on the images held out' if args.holdout else 'on val') if i == chosen else ''}")
+        result = TASKS[args.task](args, encoder, train, val, size, device)
+        result = {name: getattr(args, name) for name in ("task", "pretrained_weights", "data_path", "seed")} | {"image_size": size} | result
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
     except OSError as error:
-        sys.exit(f"evaluate.py: error: {str(error).strip().splitlines()[-1]}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+        sys.exit(f"evaluate.py: error: {str(error).strip().splitlines()[-1]}")    # a loader's worker puts its stack before the message
     return result
 
 

@@ -265,16 +265,18 @@ def load_encoder(path, arch=None, checkpoint_key="teacher"):
         arch = found[0]
     encoder = build_encoder(arch, grid * patch_size, patch_size)
     own = encoder.state_dict()
-    faults = [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in own if key in state and state[key].shape != own[key].shape]
+    shapes, own_shapes = ({key: tuple(value.shape) for key, value in s.items()} for s in (state, own))
+    faults = [f"{key} is {shapes[key]}, not {own_shapes[key]}" for key in own if key in state and shapes[key] != own_shapes[key]]
     faults += [f"{key} is missing" for key in own if key not in state] + [f"{key} is unknown" for key in state if key not in own]
     if faults:
         raise ValueError(f"{path} does not fit {arch}: " + "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else ""))
     encoder.load_state_dict(state)
-    print(f"{path}: {arch}, patch size {patch_size}, {grid * patch_size} px; matched {len(state)} keys, dropped {len(dropped)}{': ' if dropped else ''}{_shorten(dropped)}")
+    dropped = f"dropped {len(dropped)}{': ' if dropped else ''}{_count(dropped)}"
+    print(f"{path}: {arch}, patch size {patch_size}, {grid * patch_size} px; matched {len(state)} keys, {dropped}")
     return encoder.eval()
 
 
-def _shorten(keys):
+def _count(keys):
     """Top-level names and how many keys each: `head (8), predictor (2)`."""
     names = [key.split(".")[0] for key in keys]
     return ", ".join(f"{name} ({names.count(name)})" for name in dict.fromkeys(names))

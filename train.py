@@ -45,7 +45,7 @@ RECIPES = {
     "demo": dict(
         data_path="shapes", arch="vit_nano", patch_size=8, drop_path_rate=0.0, global_crops_size=48, local_crops_size=24,
         overlap_global=6, overlap_local=3, out_dim=1024, epochs=6, warmup_epochs=2, lr=0.008, min_lr=1e-5, momentum_teacher=0.99, knn_every=2,
-        li_weight=0.1,    # in a few hundred steps DINO alone does not leave ln K; it would slow the self-relations down
+        li_weight=0.0,    # the self-relations alone: in a few hundred steps DINO's loss does not leave ln K, and slows them down
     ),
 }
 
@@ -71,7 +71,7 @@ def parse_args(argv=None):
         prog="train.py",
         usage=USAGE,
         description="Self-supervised training of a Vision Transformer with SERE: L = L_I + alpha L_p + beta L_c (Eq. 6).",
-        epilog="Recipes change these defaults: " + "; ".join(f"{n}: {', '.join(f'{k} {v}' for k, v in r.items()) or 'none'}" for n, r in RECIPES.items()),
+        epilog="What recipes change of the paper's DINO + SERE: " + "; ".join(f"{name}: {changes or 'nothing'}" for name, changes in RECIPES.items()),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag, switch = _adders(parser)
@@ -153,11 +153,12 @@ def find_fault(args):
     """What in these arguments can't be, in one line; None if nothing."""
     if not args.data_path:
         return f"--recipe {args.recipe} needs --data_path"
-    for name in ("epochs", "batch_size_per_gpu", "grad_accum_steps", "out_dim", "patch_size", "relation_heads", "overlap_global", "overlap_local", "log_every"):
+    for name in """epochs batch_size_per_gpu grad_accum_steps log_every patch_size out_dim relation_heads overlap_global overlap_local""".split():
         if getattr(args, name) < 1:
             return f"--{name} must be at least 1"
-    for name in ("alpha", "beta", "li_weight", "local_crops_number", "num_workers", "max_steps", "checkpoint_steps", "knn_every", "warmup_epochs", "lr", "seed", "clip_grad"):
-        if getattr(args, name) < 0:
+    for name in """seed max_steps checkpoint_steps knn_every num_workers local_crops_number alpha beta li_weight lr min_lr weight_decay
+            weight_decay_end clip_grad drop_path_rate warmup_epochs warmup_teacher_temp_epochs freeze_last_layer""".split():
+        if not getattr(args, name) >= 0:
             return f"--{name} can't be negative"
     if not (args.alpha or args.beta or args.li_weight):
         return "--alpha, --beta and --li_weight are all 0: nothing to learn from"
@@ -331,7 +332,7 @@ class Log:
 
 
 def build_networks(args):
-    """(student, teacher): the student with a relation head for each resolution, h and g; the teacher with h for global views, and the same weights."""
+    """(student, teacher) with the same weights; the student with h and g for each resolution, the teacher with h for global views."""
 
     def network(drop_path_rate, resolutions, predictor):
         backbone = build_encoder(args.arch, args.global_crops_size, args.patch_size, drop_path_rate)
@@ -449,7 +450,8 @@ def train(args, processes, requests):
         output.mkdir(parents=True, exist_ok=True)
         (output / "args.json").write_text(json.dumps(describe(args, processes, effective_batch, top_lr), indent=2) + "\n")
     log = Log(output / "log.jsonl", step) if main_process else None
-    say(f"{args.recipe}: {args.arch}/{args.patch_size} on {len(images)} images of {args.data_path}; {processes.size} process(es), {device.type}, {args.precision}")
+    say(f"{args.recipe}: {args.arch}/{args.patch_size} on {len(images)} images of {args.data_path}")
+    say(f"{processes.size} process(es) on {device.type}, {args.precision}{', compiled' if args.compile else ''}")
     say(f"{args.epochs} epochs of {steps_per_epoch} steps; effective batch {effective_batch}, learning rate {top_lr:.2g}; results go to {output}/")
     if step:
         say(f"going on after step {step}" if step < steps else f"{output}/ holds a finished run; for another use another --output_dir, or --overwrite")
@@ -548,16 +550,17 @@ def train(args, processes, requests):
         history.clear()
         if logs:
             terms = dict(zip(TERMS, values[-1].tolist()))
-            steps_taken, seconds = step - window_step, time.perf_counter() - window_start
+            seconds = time.perf_counter() - window_start
+            images_per_s = (step - window_step) * effective_batch / seconds
             unreadable = processes.sum(len(complaints))
             if main_process:
                 log.write(
                     kind="step", step=step, epoch=step / steps_per_epoch, **terms, lr=optimizer.param_groups[0]["lr"], teacher_temp=teacher_temp[epoch],
-                    images_per_s=steps_taken * effective_batch / seconds, data_wait=waited / seconds, unreadable=unreadable,
+                    images_per_s=images_per_s, data_wait=waited / seconds, unreadable=unreadable,
                     peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
                     **diagnostics(taught, boxes, dino, sere, teacher_temp[epoch]),
                 )
-            bar.set_postfix({name: f"{value:.3f}" for name, value in terms.items()} | {"images/s": f"{steps_taken * effective_batch / seconds:.0f}"})
+            bar.set_postfix({name: f"{value:.3f}" for name, value in terms.items()} | {"images/s": f"{images_per_s:.0f}"})
             complaints.clear()
         if epoch_ends:
             done = step // steps_per_epoch
@@ -573,14 +576,14 @@ def train(args, processes, requests):
 
     # --- the end
     if stopping:
-        say(f"stopped by {signal.Signals(requests[0]).name if requests else 'another process'} after step {step} of {steps}; the same command goes on from there")
+        say(f"stopped by {signal.Signals(requests[0]).name if requests else 'a signal'} after step {step} of {steps}; the same command goes on from there")
         return
     if main_process:
-        if not (output / "backbone.pth").exists():    # deleted since
-            save_checkpoint()
         draw_attention_of(images if val is None else val, teacher.backbone, args.global_crops_size, device, output / "attention.png")
-    say(f"done: {steps} steps. python evaluate.py knn --pretrained_weights {output}/backbone.pth --data_path {args.data_path}" if step == steps
-        else f"stopped at --max_steps {step} of {steps}; the same command with a larger one, or without, goes on")
+    if step < steps:
+        say(f"stopped at --max_steps {args.max_steps} of {steps}; the same command with a larger one, or without, goes on")
+    else:
+        say(f"done. What it is worth: python evaluate.py knn --pretrained_weights {output}/backbone.pth --data_path {args.data_path}")
 
 
 def check_finite(values, step, output):
