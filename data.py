@@ -5,6 +5,7 @@ that costs no decoding, and `classes`, their number.
 """
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ def build_dataset(path, split):
     A folder with train/ and val/ has the labels of the folders in train/. Any other folder is one set of images, nested
     as it likes, without labels, and has no "val". Raises OSError, in one line.
     """
+    path = str(path)
     if path == "shapes":
         return Shapes(split)
     if path in NAMES:
@@ -39,6 +41,11 @@ def build_dataset(path, split):
     if not (root / split).is_dir():
         raise FileNotFoundError(f"{path} has train/ but no {split}/")
     return ImageFiles(root / split, classes)
+
+
+def labelled(images):
+    """Indices of the images of a data set that have a label, a tensor."""
+    return (images.labels >= 0).nonzero().flatten()
 
 
 def decode(path):
@@ -59,7 +66,12 @@ class ImageFiles(torch.utils.data.Dataset):
     def __init__(self, root, classes):
         paths, labels = [], []
         number = {name: i for i, name in enumerate(classes)}
+        seen = set()
         for folder, subfolders, files in os.walk(root, followlinks=True):
+            if os.path.realpath(folder) in seen:    # a link back to a folder above
+                subfolders.clear()
+                continue
+            seen.add(os.path.realpath(folder))
             subfolders.sort()
             name = Path(folder).relative_to(root).parts[:1]
             label = number.get(name[0], -1) if name else -1
@@ -141,7 +153,7 @@ class Shapes(torch.utils.data.Dataset):
     """
 
     SIZE = 64
-    LENGTH = {"train": 5_000, "val": 1_000}
+    LENGTH = {"train": 10_000, "val": 1_000}
 
     def __init__(self, split):
         self.split, self.classes = split, len(SHAPES)
@@ -180,6 +192,12 @@ class Shapes(torch.utils.data.Dataset):
         image = np.where(mask, ink * cover, rng.uniform(-0.4, 0)) + rng.normal(0, 0.03, ink.shape)
         image += (0.5 - image.mean(axis=(1, 2)))[:, None, None]    # or shapes with much ink would be dark images
         return (255 * image.clip(0, 1)).astype(np.uint8), mask
+
+
+def ignore_signals(worker):
+    """For loader workers: Ctrl-C reaches every process of a terminal, but it is the trainer that stops, in its own time."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # --- the training set -------------------------------------------------------------------------------------------------

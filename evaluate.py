@@ -24,7 +24,7 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 from augment import normalize
-from data import build_dataset
+from data import build_dataset, ignore_signals, labelled
 from model import ARCHITECTURES, load_encoder
 
 
@@ -55,7 +55,7 @@ def extract_features(encoder, images, indices, size, device, batch_size=128, num
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = Transformed(images, evaluation_crop(size), indices[rank::world_size])
-    loader = DataLoader(share, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(share, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     features = torch.zeros(len(indices), encoder.dim, device=device)
     labels = torch.zeros(len(indices), dtype=torch.long, device=device)
     start = rank
@@ -89,12 +89,12 @@ def knn_votes(train_features, train_labels, test_features, k, temperature, class
 
 
 def knn_accuracy(encoder, train, val, size, device, ks=(20,), temperature=0.07, most=None, **loading):
-    """{k: top-1 accuracy in % on `val`}, by the labelled images of `train`, evenly thinned out to at most `most`."""
-    labelled = (train.labels >= 0).nonzero().flatten()
-    if most and len(labelled) > most:
-        labelled = labelled[torch.linspace(0, len(labelled) - 1, most).long()]
-    features, labels = extract_features(encoder, train, labelled.tolist(), size, device, progress="features of train", **loading)
-    test_features, test_labels = extract_features(encoder, val, range(len(val)), size, device, progress="features of val", **loading)
+    """{k: top-1 accuracy in % on the labelled images of `val`}, by those of `train`, evenly thinned out to at most `most`."""
+    chosen, test = labelled(train), labelled(val)
+    if most and len(chosen) > most:
+        chosen = chosen[torch.linspace(0, len(chosen) - 1, most).long()]
+    features, labels = extract_features(encoder, train, chosen.tolist(), size, device, progress="features of train", **loading)
+    test_features, test_labels = extract_features(encoder, val, test.tolist(), size, device, progress="features of val", **loading)
     votes = {k: knn_votes(features, labels, test_features, k, temperature, train.classes) for k in ks}
     return {k: 100 * (v.argmax(dim=1) == test_labels).float().mean().item() for k, v in votes.items()}
 
@@ -137,18 +137,17 @@ def linear_accuracy(
     training images, which are not trained on; with 0, on `val`, as iBOT does. Returns a list of (rate, accuracy on what
     was held out, accuracy on val), in %, and the index of the chosen one.
     """
-    labelled = (train.labels >= 0).nonzero().flatten()
-    held = torch.zeros(len(labelled), dtype=torch.bool)
-    held[torch.randperm(len(labelled))[: round(holdout * len(labelled))]] = True
+    shuffled = labelled(train)[torch.randperm(len(labelled(train)))].tolist()
+    number = min(max(round(holdout * len(shuffled)), 1), len(shuffled) - 1) if holdout else 0
+    held, rest = shuffled[:number], shuffled[number:]
     augmentation = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
     loading = dict(batch_size=batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
     loader = DataLoader(
-        Transformed(train, augmentation, labelled[~held].tolist()), shuffle=True, drop_last=int((~held).sum()) > batch_size,
-        persistent_workers=num_workers > 0, **loading,
+        Transformed(train, augmentation, rest), shuffle=True, drop_last=len(rest) > batch_size, persistent_workers=num_workers > 0, **loading
     )
     crop = evaluation_crop(size)
-    held_loader = DataLoader(Transformed(train, crop, labelled[held].tolist()), **loading)
-    val_loader = DataLoader(Transformed(val, crop, range(len(val))), **loading)
+    held_loader = DataLoader(Transformed(train, crop, held), **loading)
+    val_loader = DataLoader(Transformed(val, crop, labelled(val).tolist()), **loading)
 
     probes = Probes((blocks + mean_patch) * encoder.dim, train.classes, rates).to(device)
     groups = [{"params": probe.parameters(), "lr": rate * batch_size / 256} for probe, rate in zip(probes.probes, rates)]
@@ -180,7 +179,7 @@ def linear_accuracy(
     bar.close()
 
     on_val = accuracy(val_loader)
-    on_held = accuracy(held_loader) if held.any() else on_val
+    on_held = accuracy(held_loader) if held else on_val
     chosen = max(range(len(rates)), key=lambda i: on_held[i])
     return list(zip(rates, on_held, on_val)), chosen
 
@@ -192,10 +191,11 @@ def knn_task(args, encoder, train, val, size, device):
     accuracy = knn_accuracy(
         encoder, train, val, size, device, args.nb_knn, args.temperature, batch_size=args.batch_size_per_gpu, num_workers=args.num_workers
     )
-    print(f"kNN, T = {args.temperature}, {size} px, {int((train.labels >= 0).sum())} training and {len(val)} validation images of {args.data_path}")
+    n = len(labelled(train))
+    print(f"kNN, T = {args.temperature}, {size} px, {n} training and {len(labelled(val))} validation images of {args.data_path}")
     print("    k   top-1")
     for k, value in accuracy.items():
-        print(f"{k:5d}  {value:5.1f} %")
+        print(f"{k:5d}  {value:5.1f} %" + (f"  (there are {n})" if k > n else ""))
     return {"temperature": args.temperature, "top1": accuracy}
 
 
@@ -207,7 +207,7 @@ def linear_task(args, encoder, train, val, size, device):
         encoder, train, val, size, device, args.epochs, args.lr, args.holdout, blocks, mean_patch, args.batch_size_per_gpu, args.num_workers
     )
     features = f"class token of the last {blocks} block(s){' and mean patch' if mean_patch else ''}"
-    print(f"linear, {features}, {size} px, {args.epochs} epochs, batch {args.batch_size_per_gpu}, final epoch, {len(val)} validation images of {args.data_path}")
+    print(f"linear, {features}, {size} px, {args.epochs} epochs, batch {args.batch_size_per_gpu}, final epoch, {args.data_path}")
     print("  lr / 256   held out      val")
     for i, (rate, on_held, on_val) in enumerate(rows):
         print(f"{rate:10g}    {on_held:5.1f} %  {on_val:5.1f} %" + (f"  <- chosen on {'what was held out' if args.holdout else 'val'}" if i == chosen else ""))
@@ -278,8 +278,10 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: error: {error}")
     size = args.image_size or encoder.grid * encoder.patch_size
-    if not train.classes:
-        sys.exit(f"evaluate.py: error: {args.data_path} has no labels: it needs a folder a class in train/ and val/")
+    if not (len(labelled(train)) and len(labelled(val))):
+        sys.exit(f"evaluate.py: error: {args.data_path} lacks labels: it needs a folder a class in train/ and val/")
+    if args.task == "linear" and (args.n_last_blocks or 0) > len(encoder.blocks):
+        sys.exit(f"evaluate.py: error: --n_last_blocks {args.n_last_blocks}: the encoder has {len(encoder.blocks)}")
     if size % encoder.patch_size:
         sys.exit(f"evaluate.py: error: --image_size {size} is not a multiple of the patch size {encoder.patch_size}")
     try:

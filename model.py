@@ -6,6 +6,7 @@ B batch (images or views), V views, N patches, C channels (dim), M attention hea
 """
 
 import argparse
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -233,13 +234,14 @@ def read_encoder_weights(path, checkpoint_key="teacher"):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:    # the unpickler's many ways of saying no
-        raise ValueError(f"{path} is no weights file that can be loaded safely: {str(error).splitlines()[0]}") from error
+    except Exception as error:    # the unpickler has many ways of saying no; its advice, to load unsafely, is not passed on
+        raise ValueError(f"{path} is damaged, or holds more than tensors and plain values, and is not loaded") from error
     for key in (checkpoint_key, "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no state dict")
+    state = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     state = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
     parts = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
     encoder = {key: value for key, value in state.items() if key.startswith(parts)}
@@ -256,7 +258,7 @@ def load_encoder(path, arch=None, checkpoint_key="teacher"):
     """
     state, dropped = read_encoder_weights(path, checkpoint_key)
     dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    depth = 1 + max(int(block[1]) for key in state if (block := re.match(r"blocks\.(\d+)\.", key)))
     grid = int((state["pos_embed"].shape[1] - 1) ** 0.5)
     if arch is None:
         found = [name for name, a in ARCHITECTURES.items() if (a["dim"], a["depth"]) == (dim, depth)]

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from augment import BOX, MultiCrop, Photometric, collate, normalize
 from baselines import DINOHead, DINOLoss
-from data import NAMES, Batches, Readable, ViewsOfImages, build_dataset
+from data import NAMES, Batches, Readable, ViewsOfImages, build_dataset, ignore_signals, labelled
 from evaluate import evaluation_crop, knn_accuracy
 from model import ARCHITECTURES, Network, build_encoder, update_teacher
 from relations import RelationHead, SelfRelationLoss, channel_relation, spatial_relation
@@ -44,8 +44,8 @@ RECIPES = {
     "dino": {},
     "demo": dict(
         data_path="shapes", arch="vit_nano", patch_size=8, drop_path_rate=0.0, global_crops_size=48, local_crops_size=24,
-        overlap_global=6, overlap_local=3, out_dim=1024, epochs=6, warmup_epochs=2, lr=0.008, min_lr=1e-5, momentum_teacher=0.99, knn_every=2,
-        li_weight=0.0,    # the self-relations alone: in a few hundred steps DINO's loss does not leave ln K, and slows them down
+        overlap_global=6, overlap_local=3, out_dim=1024, epochs=3, warmup_epochs=1, lr=0.008, min_lr=1e-5, momentum_teacher=0.99, knn_every=1,
+        li_weight=0.1,    # DINO's loss does not leave ln K in so few steps; at full weight it holds the self-relations up
     ),
 }
 
@@ -79,7 +79,7 @@ def parse_args(argv=None):
     flag(g, "recipe", recipe, "a set of defaults; demo without --data_path, dino (the paper's Sec. 4.1) with one", choices=list(RECIPES))
     flag(g, "data_path", None, f"folder with train/ and val/, any folder of images (labels not needed), or a name: {', '.join(NAMES)}", type=str)
     flag(g, "output_dir", None, "where everything is written; runs/RECIPE if not given. A run found there goes on", type=str)
-    switch(g, "overwrite", False, "start anew where output_dir holds a run")
+    switch(g, "overwrite", False, "start anew, every time it is given, deleting the run in output_dir")
     flag(g, "seed", 0, "weights, shuffling and views are a function of it")
     flag(g, "max_steps", 0, "stop after this step of the whole run, with schedules as if it went on; 0: don't")
     flag(g, "checkpoint_steps", 0, "save every so many steps, besides once an epoch; 0: don't")
@@ -167,6 +167,10 @@ def find_fault(args):
             return f"--{name} must be above 0"
     if not 0 <= args.momentum_teacher <= 1:
         return "--momentum_teacher must lie in [0, 1]"
+    if not 0 <= args.drop_path_rate < 1:
+        return "--drop_path_rate must lie in [0, 1)"
+    if not (math.isfinite(args.lr) and args.seed < 2**63):
+        return "--lr and --seed must be finite, --seed below 2^63"
     for kind in ("global", "local"):
         low, high = getattr(args, f"{kind}_crops_scale")
         if not 0 < low <= high <= 1:
@@ -220,6 +224,7 @@ class Processes:
     def __init__(self):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.training = False    # past the preparations, in which all processes do the same
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             if local_rank >= torch.cuda.device_count():
@@ -268,12 +273,6 @@ def stop_requests():
             signal.signal(number, handler)
 
 
-def ignore_signals(worker):
-    """In loader workers: Ctrl-C reaches every process of a terminal, but only the trainer may act on it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def save(state, path):
     """torch.save that leaves either the old file or the new one, whole, whatever happens. Raises OSError."""
     temporary = path.with_name(path.name + ".part")
@@ -283,44 +282,42 @@ def save(state, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if os.name == "posix":    # the new name has to reach the disk too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:    # PyTorch's writer turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({error}); the file from before, if there is one, is whole") from error
 
 
-def find_checkpoint(args, world_size):
-    """The checkpoint to go on from, or None. Ends the program where it comes from other training arguments."""
-    path = Path(args.output_dir, "checkpoint.pth")
+def find_checkpoint(path, arguments):
+    """The checkpoint at `path`, or None. Raises OSError where it is damaged or comes from other training arguments."""
     if not path.exists():
         return None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        before = checkpoint["args"]
+        before = checkpoint["arguments"]
     except Exception as error:
-        sys.exit(f"train.py: error: {path} is no checkpoint of train.py ({str(error).splitlines()[0]}); use another --output_dir, or --overwrite")
-    now = training_arguments(args, world_size)
-    different = [f"{name} was {before[name]}, is {now[name]}" for name in now if name in before and before[name] != now[name]]
+        raise OSError(f"{path} is damaged, or no checkpoint of train.py. Use another --output_dir, or --overwrite") from error
+    different = [f"{name} was {before[name]}, is {value}" for name, value in arguments.items() if name in before and before[name] != value]
     if different:
-        sys.exit(f"train.py: error: {args.output_dir} holds a run with other arguments: {'; '.join(different)}. Use another --output_dir, or --overwrite")
+        raise OSError(f"{path} is of a run with other arguments: {'; '.join(different)}. Use another --output_dir, or --overwrite")
     return checkpoint
 
 
-def training_arguments(args, world_size):
-    return {name: value for name, value in vars(args).items() if name not in NOT_TRAINING} | {"processes": world_size}
-
-
 class Log:
-    """log.jsonl, a JSON object a line, its kind "step" (values of that step) or "epoch" (means over it). Lines after `step`, of a run that was cut off later than its checkpoint, are removed."""
+    """log.jsonl, a JSON object a line, its kind "step" (values of that step) or "epoch" (means over it). Lines after
+    `step`, of a run that was cut off later than its checkpoint, are removed, and so is what is no such line."""
 
     def __init__(self, path, step):
         kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):    # a line cut short by a kill
-                    if json.loads(line)["step"] <= step and step > 0:
-                        kept.append(line)
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError, TypeError, KeyError):    # a line cut short by a kill
+                if 0 < step >= json.loads(line)["step"]:
+                    kept.append(line + "\n")
         temporary = path.with_name(path.name + ".part")
-        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.write_text("".join(kept))
         os.replace(temporary, path)
         self.file = open(path, "a", buffering=1)
 
@@ -368,7 +365,7 @@ def diagnostics(teacher, boxes, dino, sere, teacher_temp):
     G, C = len(teacher.summary), teacher.summary.shape[-1]
     valid = [overlap(boxes[q], boxes[v])[1] for v in range(len(boxes)) for q in range(G) if q != v]
     values = {
-        "feature_std": F.normalize(teacher.summary.float(), dim=-1).std(dim=1).mean().item() * C**0.5,    # 1 spread out, 0 collapsed
+        "feature_std": F.normalize(teacher.summary.float(), dim=-1).std(dim=1, correction=0).mean().item() * C**0.5,    # 1 spread out, 0 collapsed
         "overlap": torch.stack(valid).float().mean().item(),
     }
     if teacher.embedding is not None:
@@ -399,9 +396,10 @@ def train(args, processes, requests):
     # --- data
     images = build_dataset(args.data_path, "train")
     val = None
-    if args.knn_every and images.classes:
+    if args.knn_every and len(labelled(images)):
         with contextlib.suppress(FileNotFoundError):    # a folder without val/ is trained on without kNN
             val = build_dataset(args.data_path, "val")
+            val = val if len(labelled(val)) else None
     effective_batch = args.batch_size_per_gpu * processes.size * args.grad_accum_steps
     steps_per_epoch = len(images) // effective_batch
     if steps_per_epoch == 0:
@@ -429,7 +427,8 @@ def train(args, processes, requests):
 
     # --- go on where the last run stopped
     step, epoch_sums = 0, [0.0] * len(TERMS)
-    if checkpoint := find_checkpoint(args, processes.size):
+    arguments = {name: value for name, value in vars(args).items() if name not in NOT_TRAINING} | {"processes": processes.size, "images": len(images)}
+    if checkpoint := None if args.overwrite else find_checkpoint(output / "checkpoint.pth", arguments):
         for name, part in {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler, "dino": dino}.items():
             part.load_state_dict(checkpoint[name])
         step, epoch_sums = checkpoint["step"], checkpoint["epoch_sums"]
@@ -438,16 +437,19 @@ def train(args, processes, requests):
         raise OSError(f"the processes found different checkpoints in {output}/; it must be one folder for all machines")
 
     def save_checkpoint():
+        check_weights(student, step)
         if main_process:
             save(teacher.backbone.state_dict(), output / "backbone.pth")
             save({
                 "student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "dino": dino.state_dict(), "step": step, "epoch_sums": epoch_sums, "args": training_arguments(args, processes.size),
+                "dino": dino.state_dict(), "step": step, "epoch_sums": epoch_sums, "arguments": arguments,
             }, output / "checkpoint.pth")
 
     # --- what is written
+    output.mkdir(parents=True, exist_ok=True)
     if main_process:
-        output.mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoint.pth", "backbone.pth", "views.png", "attention.png") if args.overwrite else ():
+            (output / name).unlink(missing_ok=True)
         (output / "args.json").write_text(json.dumps(describe(args, processes, effective_batch, top_lr), indent=2) + "\n")
     log = Log(output / "log.jsonl", step) if main_process else None
     say(f"{args.recipe}: {args.arch}/{args.patch_size} on {len(images)} images of {args.data_path}")
@@ -477,7 +479,7 @@ def train(args, processes, requests):
             module.compile(dynamic=False)
     network = student
     if processes.distributed:
-        network = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(student, gradient_as_bucket_view=True)
     batches = Batches(len(images), args.batch_size_per_gpu, args.grad_accum_steps, processes.rank, processes.size, args.seed, start=step)
     multicrop = MultiCrop(args.global_crops_size, args.global_crops_scale, args.local_crops_number, args.local_crops_size, args.local_crops_scale)
     stream = iter(DataLoader(
@@ -489,6 +491,7 @@ def train(args, processes, requests):
     bar = tqdm(total=steps, initial=step, disable=None if main_process else True, unit="step", dynamic_ncols=True)
 
     # --- the loop
+    processes.training = True
     while step < last_step and not stopping:
         epoch = step // steps_per_epoch
         for group in optimizer.param_groups:
@@ -545,7 +548,7 @@ def train(args, processes, requests):
         if not (logs or saves):
             continue
         values = processes.mean(torch.stack(history)).double().cpu()    # (steps, TERMS); waits for the GPU, nothing above does
-        check_finite(values, step, output)
+        check_finite(values, step)
         epoch_sums = [total + value for total, value in zip(epoch_sums, values.sum(dim=0).tolist())]
         history.clear()
         if logs:
@@ -581,20 +584,28 @@ def train(args, processes, requests):
     if main_process:
         draw_attention_of(images if val is None else val, teacher.backbone, args.global_crops_size, device, output / "attention.png")
     if step < steps:
-        say(f"stopped at --max_steps {args.max_steps} of {steps}; the same command with a larger one, or without, goes on")
+        say(f"stopped at step {step} of {steps}, as --max_steps {args.max_steps} says; the same command with a larger one, or without, goes on")
     else:
         say(f"done. What it is worth: python evaluate.py knn --pretrained_weights {output}/backbone.pth --data_path {args.data_path}")
 
 
-def check_finite(values, step, output):
-    """values: (steps, TERMS), the last of step number `step`. Raises FloatingPointError naming the first term and step that is not finite."""
-    faults = (~values.isfinite()).nonzero().tolist()
+ADVICE = "Nothing was saved since the last checkpoint, which is whole. Try a lower --lr, a longer --warmup_epochs, or --precision bf16 or fp32"
+
+
+def check_finite(values, step):
+    """values: (steps, TERMS), the last of step number `step`. Raises FloatingPointError naming the first step and its terms that are not finite."""
+    for number, row in enumerate(values.tolist(), start=step - len(values) + 1):
+        if not all(map(math.isfinite, row)):
+            faults = [f"{name} is {value}" for name, value in zip(TERMS, row) if not math.isfinite(value)]
+            raise FloatingPointError(f"{', '.join(faults)} in step {number}. {ADVICE}")
+
+
+def check_weights(student, step):
+    """Raises FloatingPointError naming the parameters that are not finite: a finite loss can have gradients that are not."""
+    norms = torch.stack(torch._foreach_norm(list(student.parameters()))).tolist()
+    faults = [name for (name, _), norm in zip(student.named_parameters(), norms) if not math.isfinite(norm)]
     if faults:
-        row, column = min(faults, key=lambda fault: (fault[0], -fault[1]))    # a later column is a part of the first, the sum
-        raise FloatingPointError(
-            f"{TERMS[column]} is {values[row, column].item()} in step {step - len(values) + 1 + row}. Nothing was saved over the checkpoint of before in {output}/. "
-            "Try a lower --lr, --precision bf16 or fp32, or a longer --warmup_epochs"
-        )
+        raise FloatingPointError(f"{len(faults)} parameters are not finite after step {step}, {faults[0]} among them. {ADVICE}")
 
 
 def draw_attention_of(images, encoder, size, device, path, number=6):
@@ -618,15 +629,13 @@ def main(argv=None):
         args.compile = cuda
     if cuda:
         torch.set_float32_matmul_precision("high")    # TF32 for what autocast leaves in float32: self-relations
-    if args.overwrite and processes.rank == 0:
-        for name in ("checkpoint.pth", "log.jsonl"):
-            Path(args.output_dir, name).unlink(missing_ok=True)
-    processes.sum(0)    # wait until that is done
     try:
         with stop_requests() as requests:
             train(args, processes, requests)
     except (OSError, FloatingPointError) as error:
-        sys.exit(f"train.py: error: {str(error).strip().splitlines()[-1]}")    # a loader's worker puts its stack before the message
+        if processes.rank == 0 or processes.training:    # before that, all processes fail alike
+            sys.stderr.write(f"train.py: error: {str(error).strip().splitlines()[-1]}\n")    # a loader's worker puts its stack before it
+        sys.exit(1)
     finally:
         processes.close()
     if requests:
