@@ -225,35 +225,33 @@ TASKS = {"knn": knn_task, "linear": linear_task}
 
 def parse_args(argv=None):
     """The command line, checked; ends with one line and status 2 where it makes no sense."""
+    def flag(parser, name, help, default=None, **rest):
+        parser.add_argument(f"--{name}", default=default, help=help + ("" if default is None else " (default: %(default)s)"), **rest)
+
     common = argparse.ArgumentParser(add_help=False)
-    add = common.add_argument
-    add("--pretrained_weights", required=True, help="backbone.pth or checkpoint.pth of train.py, or a released file of DINO, iBOT, SERE or timm")
-    add("--data_path", required=True, help="folder with train/ and val/, or a name as for train.py")
-    add("--arch", choices=list(ARCHITECTURES), help="what the weights must be; read off them if not given")
-    add("--checkpoint_key", default="teacher", help="network of a training checkpoint: teacher or student")
-    add("--image_size", type=int, help="side in pixels, after resizing the short side to 256 / 224 of it; the size trained at if not given")
-    add("--batch_size_per_gpu", type=int, default=128, help="images a forward pass")
-    add("--num_workers", type=int, default=min(10, os.cpu_count() or 1), help="loader processes")
-    add("--seed", type=int, default=0, help="of what is random: the linear probes, their crops and which images they hold out")
-    add("--json", metavar="FILE", help="write the result there too")
+    flag(common, "pretrained_weights", "backbone.pth or checkpoint.pth of train.py, or a released file of DINO, iBOT, SERE or timm", required=True)
+    flag(common, "data_path", "folder with train/ and val/, or a name as for train.py", required=True)
+    flag(common, "arch", "what the weights must be; read off them if not given", choices=list(ARCHITECTURES))
+    flag(common, "checkpoint_key", "network of a training checkpoint: teacher or student", "teacher")
+    flag(common, "image_size", "side in pixels, after resizing the short side to 256 / 224 of it; the size trained at if not given", type=int)
+    flag(common, "batch_size_per_gpu", "images a forward pass", 128, type=int)
+    flag(common, "num_workers", "loader processes", min(10, os.cpu_count() or 1), type=int)
+    flag(common, "seed", "of what is random: the linear probes, their crops and which images they hold out", 0, type=int)
+    flag(common, "json", "write the result there too", metavar="FILE")
 
     usage = "evaluate.py {} --pretrained_weights FILE --data_path PATH [--flag value ...]"
     parser = argparse.ArgumentParser(prog="evaluate.py", usage=usage.format("knn|linear"), description=__doc__.split("\n")[0])
     tasks = parser.add_subparsers(dest="task", required=True)
-
-    def task(name, help):
-        style = argparse.ArgumentDefaultsHelpFormatter
-        return tasks.add_parser(name, help=help, prog="evaluate.py", usage=usage.format(name), parents=[common], formatter_class=style).add_argument
-
-    add = task("knn", "weighted k-nearest neighbours")
-    add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="k")
-    add("--temperature", type=float, default=0.07, help="votes weigh exp(similarity / temperature)")
-    add = task("linear", "linear classification")
-    add("--epochs", type=int, default=100, help="passes over the training images")
-    add("--lr", type=float, nargs="+", default=LEARNING_RATES, help="learning rates per 256 images, trained side by side")
-    add("--holdout", type=float, default=0.1, help="share of the training images kept to choose the rate on; 0: choose on val, as iBOT does")
-    add("--n_last_blocks", type=int, help="blocks whose class tokens are taken; 4, for vit_base and vit_large 1, if not given")
-    add("--avgpool_patchtokens", action=argparse.BooleanOptionalAction, help="the last block's mean patch too; for vit_base and vit_large if not given")
+    knn = tasks.add_parser("knn", help="weighted k-nearest neighbours", prog="evaluate.py", usage=usage.format("knn"), parents=[common])
+    flag(knn, "nb_knn", "k", [10, 20, 100, 200], type=int, nargs="+")
+    flag(knn, "temperature", "votes weigh exp(similarity / temperature)", 0.07, type=float)
+    linear = tasks.add_parser("linear", help="linear classification", prog="evaluate.py", usage=usage.format("linear"), parents=[common])
+    flag(linear, "epochs", "passes over the training images", 100, type=int)
+    flag(linear, "lr", "learning rates per 256 images, trained side by side", LEARNING_RATES, type=float, nargs="+")
+    flag(linear, "holdout", "share of the training images kept to choose the rate on; 0: choose on val, as iBOT does", 0.1, type=float)
+    flag(linear, "n_last_blocks", "blocks whose class tokens are taken; 4, for vit_base and vit_large 1, if not given", type=int)
+    pooling = "the last block's mean patch too; for vit_base and vit_large if not given"
+    flag(linear, "avgpool_patchtokens", pooling, action=argparse.BooleanOptionalAction)
     args = parser.parse_args(argv)
 
     for name in {"image_size", "batch_size_per_gpu", "epochs", "temperature", "n_last_blocks", "nb_knn", "lr"} & vars(args).keys():

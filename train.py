@@ -72,14 +72,12 @@ def parse_args(argv=None):
         usage=USAGE,
         description="Self-supervised training of a Vision Transformer with SERE: L = L_I + alpha L_p + beta L_c (Eq. 6).",
         epilog="What recipes change of the paper's DINO + SERE: " + "; ".join(f"{name}: {changes or 'nothing'}" for name, changes in RECIPES.items()),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    flag, switch = _adders(parser)
     g = parser.add_argument_group("run")
     flag(g, "recipe", recipe, "a set of defaults; demo without --data_path, dino (the paper's Sec. 4.1) with one", choices=list(RECIPES))
     flag(g, "data_path", None, f"folder with train/ and val/, any folder of images (labels not needed), or a name: {', '.join(NAMES)}", type=str)
     flag(g, "output_dir", None, "where everything is written; runs/RECIPE if not given. A run found there goes on", type=str)
-    switch(g, "overwrite", False, "start anew, every time it is given, deleting the run in output_dir")
+    switch(g, "overwrite", False, "off by default; start anew, every time it is given, deleting the run in output_dir")
     flag(g, "seed", 0, "weights, shuffling and views are a function of it")
     flag(g, "max_steps", 0, "stop after this step of the whole run, with schedules as if it went on; 0: don't")
     flag(g, "checkpoint_steps", 0, "save every so many steps, besides once an epoch; 0: don't")
@@ -101,7 +99,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("image embedding (L_I, DINO)")
     flag(g, "li_weight", 1.0, "weight of L_I; 0 leaves it out")
     flag(g, "out_dim", 65536, "K, outputs of the head; fewer (4096) learn faster on small data")
-    switch(g, "norm_last_layer", True, "keep the last layer's rows at length 1; stabler, and better for small encoders")
+    switch(g, "norm_last_layer", True, "on by default; keep the last layer's rows at length 1; stabler, and better for small encoders")
     flag(g, "momentum_teacher", 0.996, "λ of the teacher's update at the start, to 1 by cosine; nearer 1 (0.9995) for batches of 256 and less")
     flag(g, "warmup_teacher_temp", 0.04, "teacher temperature at the start; lower it when the loss stays at ln(out_dim)")
     flag(g, "teacher_temp", 0.04, "teacher temperature after its warm-up; above 0.07 is unstable")
@@ -127,7 +125,7 @@ def parse_args(argv=None):
     flag(g, "num_workers", max(1, min(10, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))), "loader processes a training process; what is trained does not depend on it")
     flag(g, "precision", "auto", "auto: bf16 where the GPU has it, else fp16; fp32 on a CPU", choices=["auto", "bf16", "fp16", "fp32"])
     switch(g, "compile", None, "torch.compile; on for CUDA unless told otherwise")
-    switch(g, "deterministic", False, "bit-for-bit repeatable on CUDA too, and slower")
+    switch(g, "deterministic", False, "off by default; bit-for-bit repeatable on CUDA too, and slower")
     parser.set_defaults(**RECIPES[recipe])
     args = parser.parse_args(argv)
 
@@ -138,15 +136,15 @@ def parse_args(argv=None):
     return args
 
 
-def _adders(parser):
-    def flag(group, name, default, help, type=None, **rest):
-        type = type or (None if "choices" in rest else default.__class__)
-        group.add_argument(f"--{name}", default=default, help=help, type=type, **rest)
+def flag(group, name, default, help, type=None, **rest):
+    """Add --name; the type is the default's unless told otherwise."""
+    type = type or (None if "choices" in rest else default.__class__)
+    group.add_argument(f"--{name}", default=default, help=help + ("" if default is None else " (default: %(default)s)"), type=type, **rest)
 
-    def switch(group, name, default, help):
-        group.add_argument(f"--{name}", default=default, help=help, action=argparse.BooleanOptionalAction)
 
-    return flag, switch
+def switch(group, name, default, help):
+    """Add --name and --no-name."""
+    group.add_argument(f"--{name}", default=default, help=help, action=argparse.BooleanOptionalAction)
 
 
 def find_fault(args):
