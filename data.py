@@ -35,7 +35,7 @@ def build_dataset(path, split):
         raise FileNotFoundError(f"{path} is neither a folder nor one of {', '.join(NAMES)}")
     if not (root / "train").is_dir():
         if split != "train":
-            raise FileNotFoundError(f"{path} has no folder {split}/ beside train/, so there is nothing to evaluate on")
+            raise FileNotFoundError(f"{path} has no train/ and {split}/, with a folder a class in each, so there is nothing to evaluate on")
         return ImageFiles(root, classes=[])
     classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
     if not (root / split).is_dir():

@@ -260,8 +260,6 @@ def parse_args(argv=None):
             parser.error(f"--{name} must be above 0")
     if args.task == "linear" and not 0 <= args.holdout < 1:
         parser.error("--holdout must lie in [0, 1)")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        parser.error(f"--json {args.json}: its folder does not exist")
     return args
 
 
@@ -276,6 +274,8 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: error: {error}")
     size = args.image_size or encoder.grid * encoder.patch_size
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        sys.exit(f"evaluate.py: error: --json {args.json}: its folder does not exist")
     if not (len(labelled(train)) and len(labelled(val))):
         sys.exit(f"evaluate.py: error: {args.data_path} lacks labels: it needs a folder a class in train/ and val/")
     if args.task == "linear" and (args.n_last_blocks or 0) > len(encoder.blocks):

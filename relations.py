@@ -5,7 +5,8 @@ An image's patch features r (C x N) are turned into how they relate to each othe
 
     r  ->  h: BatchNorm, ReLU  ->  [g: linear, BatchNorm, ReLU; student only]  ->  ⊙ (A_p only)  ->  Gram matrix  ->  softmax
 
-B batch, C channels, N = H * W patches (or sampled points), M relation heads, G global views, V views of one resolution
+B batch, C channels, N = H * W patches (or sampled points), M relation heads (not the encoder's attention heads), G global views,
+V views of one resolution; q the teacher's view, v the student's. The paper's G(.), stop-gradient, is detach() here.
 """
 
 import math
@@ -149,6 +150,7 @@ class SelfRelationLoss(nn.Module):
                 region, valid = overlap(boxes[q], boxes[v])
                 o1 = region_align(_as_map(p1), boxes[q], region, size)              # (B, C, S * S)
                 o2 = region_align(_as_map(p2), boxes[v], region, size)              # (B, C, S * S)
+                # Eq. 3
                 re = relation_cross_entropy(spatial_relation(o1, self.heads, t_teacher), spatial_relation(o2, self.heads, t_student))
                 total = total + torch.where(valid, re, 0).sum()
                 pairs = pairs + valid.sum()
@@ -162,7 +164,8 @@ class SelfRelationLoss(nn.Module):
         total, pairs = 0.0, 0
         for v, c2 in enumerate(c2 for views in student for c2 in views):
             teachers = [A for q, A in enumerate(targets) if q != v]
-            total = total + cross_entropy(sum(teachers), channel_relation(c2, t_student)).mean()    # the sum over its teachers
+            # Eq. 5 with all its teachers: Σ_q Re(G(A_q), A_v), the targets added up
+            total = total + cross_entropy(sum(teachers), channel_relation(c2, t_student)).mean()
             pairs += len(teachers)
         return total / pairs
 

@@ -44,8 +44,11 @@ torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def repeatable(request, monkeypatch):
+    """Everything but the test_cuda_... runs on the CPU, where results repeat bit for bit."""
     torch.manual_seed(0)
+    if not request.node.name.startswith("test_cuda"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def close(a, b, rtol=1e-5, atol=1e-6):
@@ -727,7 +730,7 @@ def test_unusable_folders_say_so(tmp_path):
         data.build_dataset("nowhere", "train")
     with pytest.raises(FileNotFoundError, match="no images below"):
         data.build_dataset(tmp_path, "train")
-    with pytest.raises(FileNotFoundError, match="no folder val/"):
+    with pytest.raises(FileNotFoundError, match="no train/ and val/"):
         data.build_dataset(tmp_path, "val")
 
 
@@ -1000,7 +1003,9 @@ def fails(capsys, folder, output, *flags):
 def uninterrupted(folder, tmp_path_factory):
     """A run from beginning to end, which interrupted ones must equal."""
     output = tmp_path_factory.mktemp("uninterrupted")
-    run(folder, output)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        run(folder, output)
     return output
 
 
@@ -1087,7 +1092,9 @@ def test_a_signal_saves_says_so_and_the_same_command_goes_on(number, folder, uni
     with pytest.raises(SystemExit) as stopped:
         run(folder, tmp_path)
     assert stopped.value.code == 128 + number and signal.getsignal(number) is handler
-    assert f"stopped by {signal.Signals(number).name} after step 6 of 12; the same command goes on" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"stopped by {signal.Signals(number).name} after step 6 of 12; the same command goes on" in said.out
+    assert "stopping after this step" in said.err
     run(folder, tmp_path)
     same_run(tmp_path, uninterrupted)
 
@@ -1275,7 +1282,7 @@ def test_commands_of_the_readme_are_understood():
 
 
 def environment():
-    return os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(HERE)}
+    return os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_killed_at_any_moment_and_run_again_it_ends_the_same(folder, uninterrupted, tmp_path):
@@ -1337,7 +1344,7 @@ def test_two_processes_of_B_equal_one_of_2B(folder, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TORCHRUN.format(output=str(tmp_path), flags=[*flags, "--output_dir", str(tmp_path / "two"), "--batch_size_per_gpu", "4"]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    done = subprocess.run(command, env=environment() | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
 
     terms, gradients, center = torch.load(tmp_path / "step.pth", weights_only=True)
@@ -1348,7 +1355,7 @@ def test_two_processes_of_B_equal_one_of_2B(folder, tmp_path):
     for name in expected:
         close(gradients[name], expected[name], rtol=1e-3, atol=1e-6)    # sums over all patches in another order
 
-    train.main([*flags, "--output_dir", str(tmp_path / "one"), "--batch_size_per_gpu", "8", "--precision", "fp32"])
+    train.main([*flags, "--output_dir", str(tmp_path / "one"), "--batch_size_per_gpu", "8"])
     two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
     for step in one[0]:
         assert two[0][step] == pytest.approx(one[0][step], rel=1e-4)
@@ -1374,6 +1381,7 @@ def test_the_command_line_from_training_to_a_knn_number(folder, tmp_path):
     (["--image_size", "30"], "--image_size 30 is not a multiple of the patch size 8"),
     (["--arch", "vit_tiny"], "does not fit vit_tiny"),
     (["--data_path", "{flat}"], "flat lacks labels"),
+    (["--json", "missing/result.json"], "--json missing/result.json: its folder does not exist"),
 ])
 def test_bad_input_to_evaluate_gets_one_clear_line(flags, message, folder, tmp_path):
     torch.save(model.build_encoder("vit_nano", 32, 8).state_dict(), tmp_path / "backbone.pth")
@@ -1396,7 +1404,7 @@ def test_an_unreadable_image_is_an_error_in_evaluation(tmp_path):
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")    # asked when the file is read, before any test
 
 
 @cuda

@@ -70,8 +70,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         prog="train.py",
         usage=USAGE,
-        description="Self-supervised training of a Vision Transformer with SERE: L = L_I + alpha L_p + beta L_c (Eq. 6).",
-        epilog="What recipes change of the paper's DINO + SERE: " + "; ".join(f"{name}: {changes or 'nothing'}" for name, changes in RECIPES.items()),
+        description=f"Self-supervised training of a Vision Transformer with SERE: L = L_I + alpha L_p + beta L_c (Eq. 6). "
+        f"Defaults shown are those of --recipe {recipe}; for another's, give it beside --help.",
     )
     g = parser.add_argument_group("run")
     flag(g, "recipe", recipe, "a set of defaults; demo without --data_path, dino (the paper's Sec. 4.1) with one", choices=list(RECIPES))
@@ -126,7 +126,7 @@ def parse_args(argv=None):
     flag(g, "precision", "auto", "auto: bf16 where the GPU has it, else fp16; fp32 on a CPU", choices=["auto", "bf16", "fp16", "fp32"])
     switch(g, "compile", None, "torch.compile; on for CUDA unless told otherwise")
     switch(g, "deterministic", False, "off by default; bit-for-bit repeatable on CUDA too, and slower")
-    parser.set_defaults(**RECIPES[recipe])
+    parser.set_defaults(**RECIPES[recipe] | {"recipe": recipe})
     args = parser.parse_args(argv)
 
     args.output_dir = args.output_dir or f"runs/{args.recipe}"
@@ -260,6 +260,7 @@ def stop_requests():
 
     def note(number, frame):
         requests.append(number)
+        sys.stderr.write("\nstopping after this step, with a checkpoint; once more to stop at once\n")
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -450,7 +451,8 @@ def train(args, processes, requests):
             (output / name).unlink(missing_ok=True)
         (output / "args.json").write_text(json.dumps(describe(args, processes, effective_batch, top_lr), indent=2) + "\n")
     log = Log(output / "log.jsonl", step) if main_process else None
-    say(f"{args.recipe}: {args.arch}/{args.patch_size} on {len(images)} images of {args.data_path}")
+    kinds = f"{images.classes} classes" if len(labelled(images)) else "no labels"
+    say(f"{args.recipe}: {args.arch}/{args.patch_size} on {len(images)} images of {args.data_path} ({kinds}, for kNN only)")
     say(f"{processes.size} process(es) on {device.type}, {args.precision}{', compiled' if args.compile else ''}")
     say(f"{args.epochs} epochs of {steps_per_epoch} steps; effective batch {effective_batch}, learning rate {top_lr:.2g}; results go to {output}/")
     if step:
@@ -484,12 +486,13 @@ def train(args, processes, requests):
         ViewsOfImages(images, multicrop, args.seed), batch_sampler=batches, num_workers=args.num_workers, collate_fn=collate,
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
     )) if step < last_step else None
-    history, complaints, stopping = [], [], False
+    history, complaints = [], []
     window_step, window_start, waited = step, time.perf_counter(), 0.0    # what images/s is measured over
     bar = tqdm(total=steps, initial=step, disable=None if main_process else True, unit="step", dynamic_ncols=True)
 
     # --- the loop
     processes.training = True
+    stopping = processes.sum(len(requests)) > 0
     while step < last_step and not stopping:
         epoch = step // steps_per_epoch
         for group in optimizer.param_groups:
@@ -583,8 +586,10 @@ def train(args, processes, requests):
         draw_attention_of(images if val is None else val, teacher.backbone, args.global_crops_size, device, output / "attention.png")
     if step < steps:
         say(f"stopped at step {step} of {steps}, as --max_steps {args.max_steps} says; the same command with a larger one, or without, goes on")
-    else:
+    elif len(labelled(images)):
         say(f"done. What it is worth: python evaluate.py knn --pretrained_weights {output}/backbone.pth --data_path {args.data_path}")
+    else:
+        say(f"done: {output}/backbone.pth")
 
 
 ADVICE = "Nothing was saved since the last checkpoint, which is whole. Try a lower --lr, a longer --warmup_epochs, or --precision bf16 or fp32"
