@@ -45,7 +45,7 @@ RECIPES = {
     "demo": dict(
         data_path="shapes", arch="vit_nano", patch_size=8, drop_path_rate=0.0, global_crops_size=48, local_crops_size=24,
         overlap_global=6, overlap_local=3, out_dim=1024, epochs=3, warmup_epochs=1, lr=0.008, min_lr=1e-5, momentum_teacher=0.99, knn_every=1,
-        li_weight=0.1,    # DINO's loss does not leave ln K in so few steps; at full weight it holds the self-relations up
+        li_weight=0.1,    # little weight: in so few steps DINO's loss does not leave ln K
     ),
 }
 
