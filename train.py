@@ -310,11 +310,13 @@ class Log:
     `step`, of a run that was cut off later than its checkpoint, are removed, and so is what is no such line."""
 
     def __init__(self, path, step):
-        kept = []
+        kept, self.epochs = [], set()    # epochs: the steps at whose end an epoch has its line
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             with contextlib.suppress(ValueError, TypeError, KeyError):    # a line cut short by a kill
-                if 0 < step >= json.loads(line)["step"]:
+                values = json.loads(line)
+                if 0 < step >= values["step"]:
                     kept.append(line + "\n")
+                    self.epochs |= {values["step"]} if values["kind"] == "epoch" else set()
         temporary = path.with_name(path.name + ".part")
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
@@ -466,12 +468,25 @@ def train(args, processes, requests):
         say(f"epoch {epoch}: kNN {accuracy:.1f} %" + (" (untrained)" if epoch == 0 else ""))
         return accuracy
 
+    def end_epoch():
+        """The epoch's line in the log. It follows the checkpoint: a kill during kNN costs the line alone, and resuming makes up for it."""
+        done = step // steps_per_epoch
+        line = {name: total / steps_per_epoch for name, total in zip(TERMS, epoch_sums)}
+        if val is not None and (done % args.knn_every == 0 or step == steps):
+            line["kNN"] = evaluate_knn(done)
+        if main_process:
+            log.write(kind="epoch", step=step, epoch=done, **line)
+
     if args.knn_every and val is None:
         say(f"no kNN while training: it needs a folder a class in {args.data_path}/train and {args.data_path}/val")
     if step == 0 and val is not None:
         accuracy = evaluate_knn(0)
         if main_process:
             log.write(kind="epoch", step=0, epoch=0, kNN=accuracy)
+    if step and step % steps_per_epoch == 0:
+        if processes.sum(int(main_process and step not in log.epochs)):
+            end_epoch()
+        epoch_sums = [0.0] * len(TERMS)
 
     # --- ready
     if args.compile:
@@ -566,15 +581,11 @@ def train(args, processes, requests):
                 )
             bar.set_postfix({name: f"{value:.3f}" for name, value in terms.items()} | {"images/s": f"{images_per_s:.0f}"})
             complaints.clear()
-        if epoch_ends:
-            done = step // steps_per_epoch
-            means = {name: total / steps_per_epoch for name, total in zip(TERMS, epoch_sums)}
-            epoch_sums = [0.0] * len(TERMS)
-            line = {"kNN": evaluate_knn(done)} if val is not None and (done % args.knn_every == 0 or step == steps) else {}
-            if main_process:
-                log.write(kind="epoch", step=step, epoch=done, **means, **line)
         if saves:
             save_checkpoint()
+        if epoch_ends and not stopping:
+            end_epoch()
+            epoch_sums = [0.0] * len(TERMS)
         window_step, window_start, waited = step, time.perf_counter(), 0.0
     bar.close()
 
