@@ -2,11 +2,12 @@
 
 Two halves. `MultiCrop` runs in the loader's workers: it draws every random number, cuts uint8 crops, and notes each
 view's box, mirroring and colour parameters in one row of numbers. `Photometric` runs on the training device: it applies
-those rows to a whole batch and draws nothing. The distributions are DINO's.
+those rows to a whole batch and draws nothing. The distributions are DINO's. `BlockMask` draws which patches iBOT hides.
 
 B batch, V views, R numbers a row
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -35,18 +36,60 @@ class Views(NamedTuple):
 
     crops: list           # by resolution, global first: uint8 (V, 3, S, S)
     rows: torch.Tensor    # float32 (views, ROW), global views first
+    mask: torch.Tensor    # bool (G, N), patches of the global views to hide from the student; or None
+
+
+class BlockMask:
+    """iBOT's masks: () -> bool (grid, grid), True where hidden. Rectangles, as in BEiT, until a share of the patches is covered.
+
+    The share is one of `ratios` plus or minus up to its entry in `variances`, each as likely; it is not exceeded, and no
+    further rectangle may fit below it. A rectangle's sides are in a ratio of 0.3 to 1 / 0.3, its area at least about a ninth of the grid
+    as long as so much is left to cover. Draws from torch's global generator.
+    """
+
+    ASPECT = (math.log(0.3), math.log(1 / 0.3))
+
+    def __init__(self, grid, ratios=(0.0, 0.3), variances=(0.0, 0.2)):
+        self.grid, self.ratios, self.variances = grid, ratios, variances
+
+    def __call__(self):
+        mask = np.zeros((self.grid, self.grid), dtype=bool)
+        choice = int(torch.randint(len(self.ratios), ()))
+        share = self.ratios[choice] + self.variances[choice] * (2 * float(torch.rand(())) - 1)
+        budget = share * self.grid**2    # patches that may still be covered
+        while budget > 0 and (covered := self._cover(mask, budget)):
+            budget -= covered
+        return torch.from_numpy(mask)
+
+    def _cover(self, mask, budget):
+        """Add one rectangle with at most `budget` patches that were not covered; their number, 0 if ten draws give none."""
+        for area, aspect, y, x in torch.rand(10, 4).tolist():
+            smallest = (self.grid // 3) ** 2
+            area = smallest + (budget - smallest) * area
+            aspect = math.exp(self.ASPECT[0] + (self.ASPECT[1] - self.ASPECT[0]) * aspect)
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if height >= self.grid or width >= self.grid:
+                continue
+            top, left = int(y * (self.grid - height + 1)), int(x * (self.grid - width + 1))
+            block = mask[top : top + height, left : left + width]
+            covered = block.size - int(block.sum())
+            if 0 < covered <= budget:
+                block[:] = True
+                return covered
+        return 0
 
 
 class MultiCrop:
     """image uint8 (3, H, W) -> Views: two global ones, and local_crops_number local ones.
 
     Scales are ranges of the crop's share of the image's area. The views are a function of the seed given with each call
-    and the view's number alone.
+    and the view's number alone. mask: a BlockMask for the global views, or None.
     """
 
     def __init__(
-        self, global_crops_size=224, global_crops_scale=(0.35, 1.0), local_crops_number=4, local_crops_size=96, local_crops_scale=(0.05, 0.35)
+        self, global_crops_size=224, global_crops_scale=(0.35, 1.0), local_crops_number=4, local_crops_size=96, local_crops_scale=(0.05, 0.35), mask=None
     ):
+        self.mask = mask
         self.resolutions = [(2, global_crops_size, v2.RandomResizedCrop(global_crops_size, global_crops_scale))]
         if local_crops_number:
             self.resolutions.append((local_crops_number, local_crops_size, v2.RandomResizedCrop(local_crops_size, local_crops_scale)))
@@ -54,7 +97,7 @@ class MultiCrop:
 
     def __call__(self, image, seed):
         """seed: a tuple of non-negative integers, (seed, epoch, index)."""
-        crops, rows, view = [], [], 0
+        crops, rows, masks, view = [], [], [], 0
         with torch.random.fork_rng(devices=[]):    # torchvision draws from the global generator
             for number, size, geometry in self.resolutions:
                 batch = []
@@ -63,9 +106,11 @@ class MultiCrop:
                     crop, box = self._crop(image, size, geometry)
                     batch.append(crop)
                     rows.append(torch.cat([box, self._photometric_row(view)]))
+                    if self.mask and not crops:    # a global view
+                        masks.append(self.mask().flatten())
                     view += 1
                 crops.append(torch.stack(batch))
-        return Views(crops, torch.stack(rows))
+        return Views(crops, torch.stack(rows), torch.stack(masks) if masks else None)
 
     def _crop(self, image, size, geometry):
         """A resized crop (3, size, size), mirrored half of the time, and its box (5,)."""
@@ -96,11 +141,12 @@ class MultiCrop:
 
 
 def collate(batch):
-    """Items of data.ViewsOfImages, B of them -> Views with crops (V, B, 3, S, S) and rows (views, B, ROW), view first as
-    networks and losses take them; and all their complaints in one list."""
+    """Items of data.ViewsOfImages, B of them -> Views with crops (V, B, 3, S, S), rows (views, B, ROW) and mask (G, B, N) or None, view
+    first as networks and losses take them; and all their complaints in one list."""
     views, complaints = zip(*batch)
     crops = [torch.stack(same_resolution, dim=1) for same_resolution in zip(*(v.crops for v in views))]
-    return Views(crops, torch.stack([v.rows for v in views], dim=1)), sum(complaints, [])
+    mask = torch.stack([v.mask for v in views], dim=1) if views[0].mask is not None else None
+    return Views(crops, torch.stack([v.rows for v in views], dim=1), mask), sum(complaints, [])
 
 
 class Photometric(nn.Module):

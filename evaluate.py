@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from augment import normalize
 from data import build_dataset, ignore_signals, labelled
+from distributed import world
 from model import ARCHITECTURES, load_encoder
 
 
@@ -53,7 +54,7 @@ def extract_features(encoder, images, indices, size, device, batch_size=128, num
 
     Each process computes its share and receives all. An unreadable image raises OSError.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = world()
     share = Transformed(images, evaluation_crop(size), indices[rank::world_size])
     loader = DataLoader(share, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     features = torch.zeros(len(indices), encoder.dim, device=device)
@@ -200,8 +201,8 @@ def knn_task(args, encoder, train, val, size, device):
 
 
 def linear_task(args, encoder, train, val, size, device):
-    large = encoder.dim >= 768
-    blocks = args.n_last_blocks or (1 if large else 4)
+    large = encoder.dim >= 768 and encoder.depth > 1
+    blocks = args.n_last_blocks or (1 if large else min(4, encoder.depth))
     mean_patch = large if args.avgpool_patchtokens is None else args.avgpool_patchtokens
     rows, chosen = linear_accuracy(
         encoder, train, val, size, device, args.epochs, args.lr, args.holdout, blocks, mean_patch, args.batch_size_per_gpu, args.num_workers
@@ -278,8 +279,8 @@ def main(argv=None):
         sys.exit(f"evaluate.py: error: --json {args.json}: its folder does not exist")
     if not (len(labelled(train)) and len(labelled(val))):
         sys.exit(f"evaluate.py: error: {args.data_path} lacks labels: it needs a folder a class in train/ and val/")
-    if args.task == "linear" and (args.n_last_blocks or 0) > len(encoder.blocks):
-        sys.exit(f"evaluate.py: error: --n_last_blocks {args.n_last_blocks}: the encoder has {len(encoder.blocks)}")
+    if args.task == "linear" and (args.n_last_blocks or 0) > encoder.depth:
+        sys.exit(f"evaluate.py: error: --n_last_blocks {args.n_last_blocks}: the encoder has {encoder.depth}")
     if size % encoder.patch_size:
         sys.exit(f"evaluate.py: error: --image_size {size} is not a multiple of the patch size {encoder.patch_size}")
     try:

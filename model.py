@@ -1,18 +1,20 @@
 """The encoder f, and the two networks that carry it: the student f₂ and its moving average, the teacher f₁ (Sec. 3.4).
 
-A Vision Transformer with the parameter names of timm and DINO, so that weights travel both ways.
+A Vision Transformer with the parameter names of timm and DINO, and a ResNet-50 with torchvision's, so that weights travel both ways.
 
 B batch (images or views), V views, N patches, C channels (dim), M attention heads
 """
 
 import argparse
-import re
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from distributed import BatchNorm
 
 
 class Attention(nn.Module):
@@ -87,12 +89,13 @@ def _resize_matrix(old, new, like):
 class VisionTransformer(nn.Module):
     """ViT. image_size sets only the grid of the stored position embeddings: any size divisible by patch_size can be given.
 
+    masked: there is an embedding that stands in for masked patches (iBOT's student), under iBOT's name `masked_embed`.
     Raises ValueError for an image whose sides patch_size does not divide.
     """
 
-    def __init__(self, image_size=224, patch_size=16, dim=384, depth=12, heads=6, drop_path_rate=0.0):
+    def __init__(self, image_size=224, patch_size=16, dim=384, depth=12, heads=6, drop_path_rate=0.0, masked=False):
         super().__init__()
-        self.patch_size, self.dim = patch_size, dim
+        self.patch_size, self.dim, self.depth = patch_size, dim, depth
         self.grid = image_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -107,6 +110,8 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if masked:
+            self.masked_embed = nn.Parameter(torch.zeros(1, dim))
 
     def _position_embedding(self, height, width):
         """(1, 1 + height * width, C), interpolated by size where the grid is another."""
@@ -118,17 +123,22 @@ class VisionTransformer(nn.Module):
         grid = torch.einsum("hi,wj,bijc->bhwc", rows, columns, grid)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(1, 2)], dim=1)
 
-    def _embed(self, images):
+    def _embed(self, images, mask=None):
         if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
             raise ValueError(f"images of {images.shape[-2]}x{images.shape[-1]} can't be cut into patches of {self.patch_size}")
         patches = self.patch_embed(images)                                                         # (B, C, h, w)
-        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches.flatten(2).mT], dim=1)    # (B, 1 + N, C)
-        return tokens + self._position_embedding(*patches.shape[-2:])
+        h, w = patches.shape[-2:]
+        patches = patches.flatten(2).mT                                                            # (B, N, C)
+        if mask is not None:
+            patches = torch.where(mask[..., None], self.masked_embed, patches)
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)           # (B, 1 + N, C)
+        return tokens + self._position_embedding(h, w)
 
-    def forward(self, images):
-        """images: (B, 3, H, W), normalised. Returns tokens (B, 1 + N, C) before the final norm: the class token, then the
-        feature map row by row. Self-relations use the latter as it is; a summary of the image is `norm(tokens)[:, 0]`."""
-        x = self._embed(images)
+    def forward(self, images, mask=None):
+        """images: (B, 3, H, W), normalised; mask: (B, N) bool, True where a patch is not to be seen. Returns tokens (B, 1 + N, C) before
+        the final norm: the class token, then the feature map row by row. Self-relations use the latter as it is; a summary of the
+        image is `norm(tokens)[:, 0]`."""
+        x = self._embed(images, mask)
         for block in self.blocks:
             x = block(x)
         return x
@@ -151,6 +161,30 @@ class VisionTransformer(nn.Module):
         return self.blocks[-1].attn.attention_map(self.blocks[-1].norm1(x))
 
 
+class ResNet50(ResNet):
+    """torchvision's ResNet-50 without its classifier, in the manner of the VisionTransformer: `patch_size` is its stride,
+    tokens are the last stage's features, before them their mean. Any image size."""
+
+    def __init__(self, image_size=224):
+        super().__init__(Bottleneck, [3, 4, 6, 3], norm_layer=BatchNorm)
+        del self.fc
+        self.norm = nn.Identity()
+        self.patch_size, self.dim, self.depth, self.grid = 32, 2048, 1, image_size // 32    # depth: layers that get_intermediate_layers can give
+
+    def forward(self, images, mask=None):
+        """images: (B, 3, H, W), normalised. Returns (B, 1 + N, C): the mean feature, then the feature map row by row."""
+        if mask is not None:
+            raise ValueError("a ResNet has no mask embedding")
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        features = x.flatten(2).mT                                                                 # (B, N, C)
+        return torch.cat([features.mean(dim=1, keepdim=True), features], dim=1)
+
+    def get_intermediate_layers(self, images, n=1):
+        """[tokens]."""
+        return [self(images)]
+
+
 # Every dim but vit_nano's is timm's; nano is for the demo and the tests.
 ARCHITECTURES = {
     "vit_nano": dict(dim=96, depth=4, heads=3),
@@ -158,19 +192,22 @@ ARCHITECTURES = {
     "vit_small": dict(dim=384, depth=12, heads=6),
     "vit_base": dict(dim=768, depth=12, heads=12),
     "vit_large": dict(dim=1024, depth=24, heads=16),
+    "resnet50": dict(dim=2048),
 }
 
 
-def build_encoder(arch, image_size=224, patch_size=16, drop_path_rate=0.0):
-    """An encoder of ARCHITECTURES by name."""
-    return VisionTransformer(image_size, patch_size, drop_path_rate=drop_path_rate, **ARCHITECTURES[arch])
+def build_encoder(arch, image_size=224, patch_size=16, drop_path_rate=0.0, masked=False):
+    """An encoder of ARCHITECTURES by name. resnet50 takes the image size alone: it has no patches, stochastic depth or masks."""
+    if arch == "resnet50":
+        return ResNet50(image_size)
+    return VisionTransformer(image_size, patch_size, drop_path_rate=drop_path_rate, masked=masked, **ARCHITECTURES[arch])
 
 
 class Output(NamedTuple):
     """What a network makes of V views of each of B images; None or [] where it has no such head."""
 
     summary: torch.Tensor      # (V, B, C) class token after the final norm
-    embedding: torch.Tensor    # (V, B, K) of `head`: P(r) of Eq. 1
+    embedding: object          # what `head` gives, P(r) of Eq. 1: (V, B, K), or a tuple of such
     spatial: list              # by resolution, (V, B, C, N): p or g_p(p)
     channel: list              # by resolution, (V, B, C, N): cᵀ or g_c(c)ᵀ
 
@@ -178,7 +215,7 @@ class Output(NamedTuple):
 class Network(nn.Module):
     """An encoder and its heads: the student (all views) or the teacher (global views).
 
-    head: (B, C) -> (B, K), for L_I, or None. spatial, channel: a relation head, (B, C, N) -> (B, C, N), for each
+    head: of baselines.py, for L_I, or None. spatial, channel: a relation head, (B, C, N) -> (B, C, N), for each
     resolution, or none. The encoder is called `backbone`, as in DINO's checkpoints.
     """
 
@@ -187,17 +224,23 @@ class Network(nn.Module):
         self.backbone, self.head = backbone, head
         self.spatial, self.channel = nn.ModuleList(spatial), nn.ModuleList(channel)
         if head is None:
-            backbone.norm.requires_grad_(False)    # only the summary passes through it: it would wait for a gradient in vain
+            backbone.norm.requires_grad_(False)    # only what is embedded passes through it: it would wait for a gradient in vain
 
-    def forward(self, views):
-        """views: a list by resolution, global first, of images (V, B, 3, H, W); each resolution is one batch for the encoder."""
+    def forward(self, views, mask=None):
+        """views: a list by resolution, global first, of images (V, B, 3, H, W); each resolution is one batch for the encoder.
+        mask: (G, B, N) bool, patches of the global views that are hidden from the encoder, or None."""
         B = views[0].shape[1]
-        tokens = [self.backbone(images.flatten(0, 1)) for images in views]               # (V * B, 1 + N, C)
-        summary = self.backbone.norm(torch.cat([t[:, 0] for t in tokens]))               # (V * B, C), of all resolutions
-        features = [t[:, 1:].mT for t in tokens]                                         # (V * B, C, N): r, before the final norm
+        masks = [None if mask is None else mask.flatten(0, 1)] + [None] * (len(views) - 1)
+        tokens = [self.backbone(images.flatten(0, 1), m) for images, m in zip(views, masks)]    # (V * B, 1 + N, C)
+        summary = self.backbone.norm(torch.cat([t[:, 0] for t in tokens]))                      # (V * B, C), of all resolutions
+        summary = summary.unflatten(0, (-1, B))
+        features = [t[:, 1:].mT for t in tokens]                                                # (V * B, C, N): r, before the final norm
+        embedding = None
+        if self.head is not None:
+            embedding = self.head(summary, [self.backbone.norm(t[:, 1:]).unflatten(0, (-1, B)) for t in tokens[: self.head.patches]])
         return Output(
-            summary=summary.unflatten(0, (-1, B)),
-            embedding=self.head(summary).unflatten(0, (-1, B)) if self.head is not None else None,
+            summary=summary,
+            embedding=embedding,
             spatial=[h(r).unflatten(0, (-1, B)) for h, r in zip(self.spatial, features)],
             channel=[h(r).unflatten(0, (-1, B)) for h, r in zip(self.channel, features)],
         )
@@ -224,10 +267,10 @@ _HARMLESS = [
 
 
 def read_encoder_weights(path, checkpoint_key="teacher"):
-    """The encoder's state dict in a file of this repository, DINO, iBOT, SERE's release or timm, on the CPU.
+    """The encoder's state dict in a file of this repository, DINO, iBOT, SERE's release, timm or torchvision, on the CPU.
 
-    checkpoint_key: which network a training checkpoint is asked for. Returns (state dict under timm's names, dropped keys).
-    Raises ValueError where the file holds no ViT of those, OSError where it can't be read.
+    checkpoint_key: which network a training checkpoint is asked for. Returns (state dict under timm's names, or for a ResNet
+    torchvision's, dropped keys). Raises ValueError where the file holds neither a ViT nor a ResNet, OSError where it can't be read.
     """
     try:
         with torch.serialization.safe_globals(_HARMLESS):
@@ -243,29 +286,28 @@ def read_encoder_weights(path, checkpoint_key="teacher"):
         raise ValueError(f"{path} holds no state dict")
     state = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     state = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
-    parts = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
-    encoder = {key: value for key, value in state.items() if key.startswith(parts)}
-    if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight"} <= encoder.keys():
-        raise ValueError(f"{path} holds no ViT; its first keys are {list(state)[:5]}")
-    return encoder, sorted(state.keys() - encoder.keys())
+    for needed, parts in (
+        ({"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight"}, ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")),
+        ({"conv1.weight", "layer4.0.conv1.weight"}, ("conv1.", "bn1.", "layer")),
+    ):
+        if needed <= state.keys():
+            encoder = {key: value for key, value in state.items() if key.startswith(parts)}
+            return encoder, sorted(state.keys() - encoder.keys())
+    raise ValueError(f"{path} holds no ViT or ResNet; its first keys are {list(state)[:5]}")
 
 
 def load_encoder(path, arch=None, checkpoint_key="teacher"):
     """An encoder, in eval mode, with a file's weights; what it is like is read off their shapes. Prints matched and dropped keys.
 
     arch: a name of ARCHITECTURES that it must be. Raises ValueError where the weights are of another architecture,
-    naming keys and shapes, and as read_encoder_weights.
+    naming keys and shapes, and as read_encoder_weights. A ResNet's weights don't tell the image size: 224.
     """
     state, dropped = read_encoder_weights(path, checkpoint_key)
-    dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(block[1]) for key in state if (block := re.match(r"blocks\.(\d+)\.", key)))
-    grid = int((state["pos_embed"].shape[1] - 1) ** 0.5)
-    if arch is None:
-        found = [name for name, a in ARCHITECTURES.items() if (a["dim"], a["depth"]) == (dim, depth)]
-        if not found:
-            raise ValueError(f"{path}: no architecture of dim {dim} and depth {depth} is known; known: {', '.join(ARCHITECTURES)}")
-        arch = found[0]
-    encoder = build_encoder(arch, grid * patch_size, patch_size)
+    found, image_size, patch_size = _recognise(state)
+    if not (arch or found):
+        raise ValueError(f"{path} holds a ViT of dim {state['cls_token'].shape[-1]} whose depth fits none of {', '.join(ARCHITECTURES)}")
+    arch = arch or found
+    encoder = build_encoder(arch, image_size, patch_size)
     own = encoder.state_dict()
     shapes, own_shapes = ({key: tuple(value.shape) for key, value in s.items()} for s in (state, own))
     faults = [f"{key} is {shapes[key]}, not {own_shapes[key]}" for key in own if key in state and shapes[key] != own_shapes[key]]
@@ -274,8 +316,18 @@ def load_encoder(path, arch=None, checkpoint_key="teacher"):
         raise ValueError(f"{path} does not fit {arch}: " + "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else ""))
     encoder.load_state_dict(state)
     dropped = f"dropped {len(dropped)}{': ' if dropped else ''}{_count(dropped)}"
-    print(f"{path}: {arch}, patch size {patch_size}, {grid * patch_size} px; matched {len(state)} keys, {dropped}")
+    print(f"{path}: {arch}, patch size {patch_size}, {image_size} px; matched {len(state)} keys, {dropped}")
     return encoder.eval()
+
+
+def _recognise(state):
+    """(name in ARCHITECTURES or None, image size, patch size) of an encoder's state dict, by its shapes."""
+    if "cls_token" not in state:
+        return "resnet50", 224, 32
+    dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    grid = int((state["pos_embed"].shape[1] - 1) ** 0.5)
+    return next((name for name, a in ARCHITECTURES.items() if (a["dim"], a.get("depth")) == (dim, depth)), None), grid * patch_size, patch_size
 
 
 def _count(keys):

@@ -12,11 +12,10 @@ V views of one resolution; q the teacher's view, v the student's. The paper's G(
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed._functional_collectives import all_reduce    # differentiable, and torch.compile knows it
 
+from distributed import BatchNorm, average_over_processes
 from sampler import overlap, region_align
 
 
@@ -42,11 +41,11 @@ def channel_relation(features, temperature=1.0):
 
 
 def cross_entropy(targets, logits):
-    """-Σ_j targets_ij log softmax(logits)_ij, mean over rows (and heads): (B, ..., N, N), twice -> (B,).
+    """-Σ_j targets_j log softmax(logits)_j: (..., N), twice -> (...).
 
-    Rows of targets need not sum to 1: cross-entropy is linear in its target, so those of several teachers may be added up.
+    targets need not sum to 1: cross-entropy is linear in its target, so those of several teachers may be added up.
     """
-    return -(targets * logits.log_softmax(dim=-1)).sum(dim=-1).flatten(1).mean(dim=1)
+    return -(targets * logits.log_softmax(dim=-1)).sum(dim=-1)
 
 
 def relation_cross_entropy(teacher_logits, student_logits):
@@ -54,48 +53,69 @@ def relation_cross_entropy(teacher_logits, student_logits):
 
     Both logits: (B, ..., N, N). Returns (B,). No gradient reaches the teacher (G).
     """
-    return cross_entropy(teacher_logits.detach().softmax(dim=-1), student_logits)
+    return cross_entropy(teacher_logits.detach().softmax(dim=-1), student_logits).flatten(1).mean(dim=1)
 
 
-def average_over_processes(x):
-    """Mean of x over all processes, differentiable; x itself when there is one process."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return all_reduce(x, "sum", dist.group.WORLD) / dist.get_world_size()
-    return x
+def mean_over_pairs(targets, logits):
+    """Cross-entropy averaged over all pairs of views, in which every global view teaches every other view:
 
+        for q in global views:          the teacher's
+            for v in all views:         the student's, global ones first; views q and v < G of the same index are one view
+                if v != q: the pair (q, v) counts
 
-class BatchNorm(nn.Module):
-    """Batch normalisation of (B, C, N) over batch, patches and processes, from the batch at hand only.
-
-    nn.SyncBatchNorm refuses CPU tensors; and running statistics would have no reader, as heads are dropped after training.
-    Every process holds equally many images, so that the mean over processes is the mean over images.
+    targets: G tensors (B, ..., N); logits: V of them, from any iterable. A student view's targets are added up first.
     """
+    total, pairs = 0.0, 0
+    for v, student in enumerate(logits):
+        if v <= len(targets):    # all local views have the same teachers
+            teachers = [target for q, target in enumerate(targets) if q != v]
+            summed = sum(teachers)
+        total = total + cross_entropy(summed, student).mean()    # Σ_q CE(targets_q, student)
+        pairs += len(teachers)
+    return total / pairs
 
-    def __init__(self, dim, eps=1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
-        self.eps = eps
 
-    def forward(self, x):
-        mean = average_over_processes(x.mean(dim=(0, 2)))                      # (C,)
-        x = x - mean[:, None]
-        variance = average_over_processes(x.square().mean(dim=(0, 2)))         # (C,) centred first: features have large means
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return x * scale[:, None] + self.bias[:, None]
+def mean_over_overlaps(loss, teacher, student, boxes, size_global, size_local):
+    """A loss of aligned features, averaged over the same pairs of views: of all images and processes, those that overlap; 0 if none does.
+
+    loss: (teacher's (B, C, S * S), student's) -> (B,). teacher: feature maps of the global views (G, B, C, N); student: a list by
+    resolution, global first, of (V, B, C, N); maps are square. boxes: (views, B, 5), in the order of the student's views.
+    size_global, size_local: points a side that ⊙ takes, from two global views and from a pair with a local one.
+    """
+    total, pairs = 0.0, 0.0
+    for v, r2 in enumerate(view for views in student for view in views):
+        size = size_global if v < len(teacher) else size_local
+        for q, r1 in enumerate(teacher):
+            if q == v:
+                continue
+            region, valid = overlap(boxes[q], boxes[v])
+            o1 = region_align(_as_map(r1), boxes[q], region, size)              # (B, C, S * S)
+            o2 = region_align(_as_map(r2), boxes[v], region, size)              # (B, C, S * S)
+            total = total + torch.where(valid, loss(o1, o2), 0).sum()
+            pairs = pairs + valid.sum()
+    # DDP averages gradients over processes; dividing by the mean number of pairs makes that average the global mean.
+    return total / average_over_processes(pairs.float()).clamp(min=1e-6)
+
+
+def _as_map(features):
+    """(B, C, N) -> (B, C, √N, √N): views are square."""
+    return features.unflatten(-1, (math.isqrt(features.shape[-1]), -1))
 
 
 class RelationHead(nn.Module):
     """Projection h and, for the student, prediction g of Eq. 3 and 5.
 
     h is BatchNorm and ReLU, g is linear (no bias), BatchNorm and ReLU; features stay (B, dim, N). The teacher has h
-    alone (predictor=False), and so has a symmetric student (Table 15).
+    alone (predictor=False), and so has a symmetric student (Table 15). Heads are dropped after training, so that running
+    statistics would have no reader.
     """
 
     def __init__(self, dim, predictor=True):
         super().__init__()
-        self.norm = BatchNorm(dim)
-        self.predictor = nn.ModuleDict({"linear": nn.Linear(dim, dim, bias=False), "norm": BatchNorm(dim)}) if predictor else None
+        self.norm = BatchNorm(dim, track_running_stats=False)
+        self.predictor = None
+        if predictor:
+            self.predictor = nn.ModuleDict({"linear": nn.Linear(dim, dim, bias=False), "norm": BatchNorm(dim, track_running_stats=False)})
 
     def project(self, x):
         """h: patch features r (B, C, N) -> (B, C, N)."""
@@ -112,16 +132,14 @@ class RelationHead(nn.Module):
 
 
 class SelfRelationLoss(nn.Module):
-    """L_p (Eq. 3) and L_c (Eq. 5) over all pairs of views: every global view teaches every other view.
-
-        for q in global views:          the teacher's
-            for v in all views:         the student's, global ones first; views q and v < G of the same index are one view
-                if v != q: the pair (q, v) counts
+    """L_p (Eq. 3) and L_c (Eq. 5).
 
     heads: M. temperature_spatial, temperature_channel: t_p, t_c of the network that `sharpen` names ("teacher" or
     "student"); the other's are 1. overlap_global, overlap_local: points a side that ⊙ takes, from a pair of global
     views and from a pair with a local one.
     """
+
+    channel_relation = staticmethod(channel_relation)
 
     def __init__(self, heads=6, temperature_spatial=0.5, temperature_channel=0.1, sharpen="teacher", overlap_global=13, overlap_local=6):
         super().__init__()
@@ -134,40 +152,21 @@ class SelfRelationLoss(nn.Module):
         self.student_temperatures = temperatures if sharpen == "student" else (1.0, 1.0)
 
     def spatial(self, teacher, student, boxes):
-        """L_p. Mean over the pairs that overlap, of all images and processes; 0 if none does.
-
-        teacher: p of the global views (G, B, C, N). student: a list by resolution, global first, of g_p(p) (V, B, C, N);
-        feature maps are square. boxes: (views, B, 5), in the order of the student's views.
-        """
+        """L_p, see `mean_over_overlaps`; teacher: p of the global views, student: g_p(p) of all."""
         t_teacher, t_student = self.teacher_temperatures[0], self.student_temperatures[0]
-        G = len(teacher)
-        total, pairs = 0.0, 0.0
-        for v, p2 in enumerate(p2 for views in student for p2 in views):
-            size = self.overlap_global if v < G else self.overlap_local
-            for q, p1 in enumerate(teacher):
-                if q == v:
-                    continue
-                region, valid = overlap(boxes[q], boxes[v])
-                o1 = region_align(_as_map(p1), boxes[q], region, size)              # (B, C, S * S)
-                o2 = region_align(_as_map(p2), boxes[v], region, size)              # (B, C, S * S)
-                # Eq. 3
-                re = relation_cross_entropy(spatial_relation(o1, self.heads, t_teacher), spatial_relation(o2, self.heads, t_student))
-                total = total + torch.where(valid, re, 0).sum()
-                pairs = pairs + valid.sum()
-        # DDP averages gradients over processes; dividing by the mean number of pairs makes that average the global mean.
-        return total / average_over_processes(pairs.float()).clamp(min=1e-6)
+
+        def eq3(p1, p2):    # (B, C, S * S), aligned -> (B,)
+            return relation_cross_entropy(spatial_relation(p1, self.heads, t_teacher), spatial_relation(p2, self.heads, t_student))
+
+        return mean_over_overlaps(eq3, teacher, student, boxes, self.overlap_global, self.overlap_local)
 
     def channel(self, teacher, student):
-        """L_c. Mean over all pairs and images; teacher, student as in `spatial`, with c for p. No alignment: A_c has no spatial axis."""
+        """L_c, mean over all pairs and images; teacher: c of the global views (G, B, C, N), student: a list by resolution
+        of g_c(c) (V, B, C, N). No alignment: A_c has no spatial axis."""
         t_teacher, t_student = self.teacher_temperatures[1], self.student_temperatures[1]
-        targets = [channel_relation(c1.detach(), t_teacher).softmax(dim=-1) for c1 in teacher]    # G times (B, C, C)
-        total, pairs = 0.0, 0
-        for v, c2 in enumerate(c2 for views in student for c2 in views):
-            teachers = [A for q, A in enumerate(targets) if q != v]
-            # Eq. 5 with all its teachers: Σ_q Re(G(A_q), A_v), the targets added up
-            total = total + cross_entropy(sum(teachers), channel_relation(c2, t_student)).mean()
-            pairs += len(teachers)
-        return total / pairs
+        targets = [self.channel_relation(c1.detach(), t_teacher).softmax(dim=-1) for c1 in teacher]    # G times (B, C, C)
+        logits = (self.channel_relation(c2, t_student) for views in student for c2 in views)           # V times (B, C, C)
+        return mean_over_pairs(targets, logits)    # Eq. 5
 
     def forward(self, teacher, student, boxes):
         """(L_p, L_c) from two networks' outputs, each with lists `.spatial` and `.channel` by resolution; 0 for an empty list."""
@@ -175,8 +174,3 @@ class SelfRelationLoss(nn.Module):
         l_p = self.spatial(teacher.spatial[0], student.spatial, boxes) if student.spatial else zero
         l_c = self.channel(teacher.channel[0], student.channel) if student.channel else zero
         return l_p, l_c
-
-
-def _as_map(features):
-    """(B, C, N) -> (B, C, √N, √N): views are square."""
-    return features.unflatten(-1, (math.isqrt(features.shape[-1]), -1))

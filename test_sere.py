@@ -1,4 +1,4 @@
-"""One check per claim, in the files' order: sampler, relations, augment, baselines, model, data, evaluate, visualize, train.
+"""One check per claim, in the files' order: sampler, distributed, relations, augment, baselines, ablations, model, data, evaluate, visualize, train.
 
     python -m pytest
 
@@ -29,9 +29,11 @@ from torch import nn
 from torchvision.ops import roi_align
 from torchvision.transforms import v2
 
+import ablations
 import augment
 import baselines
 import data
+import distributed
 import evaluate
 import model
 import relations
@@ -53,6 +55,26 @@ def repeatable(request, monkeypatch):
 
 def close(a, b, rtol=1e-5, atol=1e-6):
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+# A few seconds of training: 3 epochs, of 4 steps on 16 images.
+SMALL = """--recipe dino --arch vit_nano --patch_size 8 --global_crops_size 32 --local_crops_size 16 --local_crops_number 2 --out_dim 32 --overlap_global 4
+--overlap_local 2 --batch_size_per_gpu 4 --epochs 3 --warmup_epochs 1 --warmup_teacher_temp_epochs 1 --knn_every 2 --num_workers 0 --log_every 1""".split()
+
+# Added to SMALL: each recipe, and the ablations that are no recipe.
+VARIANTS = {
+    "dino": "",
+    "ibot": "--recipe ibot",
+    "ibot-b": "--recipe ibot-b",
+    "mocov3": "--recipe mocov3 --local_crops_number 0",
+    "resnet50": "--recipe resnet50 --arch resnet50 --patch_size 32 --global_crops_size 64 --local_crops_size 32 --overlap_global 2 --overlap_local 2",
+    "ibot, own head": "--recipe ibot --no-shared_head --patch_out_dim 24",
+    "mocov3, local views": "--recipe mocov3",
+    "dino+": "--baseline dino+ --patch_out_dim 24",
+    "batch relations": "--channel_relation batch",
+    "symmetric": "--symmetric",
+}
+VARIANTS = {name: flags.split() for name, flags in VARIANTS.items()}
 
 
 def random_boxes(B, low=0.3, high=1.0):
@@ -120,6 +142,34 @@ def test_region_align_keeps_a_constant_map_constant():
     close(sampler.region_align(torch.ones(1, 3, 4, 4), boxes, region, 13), torch.ones(1, 3, 169))
 
 
+# --- distributed ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (4, 6, 7), (2, 6, 5, 4)])
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}])
+def test_batch_norm_over_processes_is_torchs(shape, options, monkeypatch):
+    """The arithmetic for several processes, of which there is one here; two are compared with one further down."""
+    norm, torchs = distributed.BatchNorm(6, **options), nn.BatchNorm1d(6, **options)
+    if norm.affine:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    torchs.load_state_dict(norm.state_dict())
+    monkeypatch.setattr(distributed, "world", lambda: (0, 2))
+    monkeypatch.setattr(distributed, "average_over_processes", lambda x: x)
+    x = (5 + 0.1 * torch.randn(shape)).requires_grad_()    # a mean far above the spread, as ViT features have
+    y, expected = norm(x), torchs(x.flatten(2) if x.ndim > 3 else x).view(shape)
+    close(y, expected, rtol=1e-4, atol=1e-4)    # both divide a difference of large numbers by a small spread
+    weights = torch.randn_like(expected)
+    close(*(torch.autograd.grad((out * weights).sum(), x)[0] for out in (y, expected)), rtol=1e-3, atol=1e-3)
+    if norm.running_mean is not None:
+        close(norm.running_mean, torchs.running_mean)
+        n = 2 * x.numel() // 6    # two processes' values: their variance is unbiased by another factor
+        biased = (torchs.running_var - 0.9) * (n // 2 - 1) / (n // 2)
+        close(norm.running_var, 0.9 + biased * n / (n - 1))
+        assert norm.num_batches_tracked == 1
+        torchs.load_state_dict(norm.state_dict())
+        close(norm.eval()(x), torchs.eval()(x.flatten(2) if x.ndim > 3 else x).view(shape))
+
+
 # --- relations --------------------------------------------------------------------------------------------------------
 
 
@@ -182,17 +232,6 @@ def test_sampling_then_relating_equals_relating_then_sampling():
     rows = columns.unflatten(1, (2, 25)).transpose(1, 2).flatten(2).mT                                        # (B, M * 9, 25)
     rows = sampler.region_align(rows.unflatten(-1, (5, 5)), boxes, region, 3).unflatten(1, (2, 9)).mT         # (B, M, 9, 9)
     close(first, rows, atol=1e-5)
-
-
-def test_batch_norm_is_torchs_in_training_mode():
-    norm = relations.BatchNorm(6)
-    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
-    x = (5 + 0.1 * torch.randn(4, 6, 7)).requires_grad_()    # a mean far above the spread, as ViT features have
-    expected = F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)
-    close(norm(x), expected, rtol=1e-4, atol=1e-5)    # both divide a difference of large numbers by a small spread
-    weights = torch.randn_like(expected)
-    close(*(torch.autograd.grad((y * weights).sum(), x)[0] for y in (norm(x), expected)), rtol=1e-3, atol=1e-4)
-    assert not list(norm.buffers())
 
 
 def test_relation_head_is_h_and_for_the_student_g():
@@ -526,43 +565,58 @@ def test_stochastic_depth_skips_branches_of_single_samples():
     assert [b.drop_path for b in tiny_vit(depth=3, drop_path_rate=0.2).blocks] == pytest.approx([0, 0.1, 0.2])
 
 
-def networks(args=()):
-    """Student and teacher of a command line, small."""
-    args = train.parse_args(["--global_crops_size", "32", "--local_crops_size", "16", "--out_dim", "32", "--local_crops_number", "2", *args])
-    return args, *train.build_networks(args)
+def networks(flags=()):
+    """Arguments, baseline, student and teacher of a command line, small."""
+    args = train.parse_args([*SMALL, "--data_path", "none", "--drop_path_rate", "0", *flags])
+    baseline = train.build_baseline(args)
+    return args, baseline, *train.build_networks(args, baseline)
 
 
-def random_views(args, B=3):
+def random_views(args, baseline, B=3):
+    """Views by resolution, boxes and mask."""
     sizes = [(2, args.global_crops_size)] + ([(args.local_crops_number, args.local_crops_size)] if args.local_crops_number else [])
     views = [torch.randn(number, B, 3, size, size) for number, size in sizes]
-    return views, torch.stack([random_boxes(B) for _ in range(sum(number for number, _ in sizes))])
+    boxes = torch.stack([random_boxes(B) for _ in range(sum(number for number, _ in sizes))])
+    mask = torch.rand(2, B, (args.global_crops_size // args.patch_size) ** 2) < 0.4 if baseline.mask else None
+    return views, boxes, mask
 
 
-def total_loss(args, student, teacher, views, boxes):
-    taught, learned = teacher(views[:1]), student(views)
-    dino = baselines.DINOLoss(args.out_dim).to(boxes.device)
-    sere = relations.SelfRelationLoss(args.relation_heads, overlap_global=4, overlap_local=2)
-    l_p, l_c = sere(taught, learned, boxes)
-    l_i = dino(learned.embedding, taught.embedding, 0.04) if args.li_weight else 0.0
-    return args.li_weight * l_i + args.alpha * l_p + args.beta * l_c
+def loss_terms(args, baseline, student, teacher, views, boxes, mask):
+    """L_I, L_p, L_c of networks, or of compiled ones."""
+    with torch.no_grad():
+        taught = teacher(views[:1])
+    learned = student(views, mask)
+    l_i = baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes, mask)
+    return torch.stack([l_i, *train.build_relation_loss(args)(taught, learned, boxes)])
 
 
-@pytest.mark.parametrize("flags", ["", "--alpha 0", "--beta 0", "--li_weight 0", "--li_weight 0 --beta 0", "--alpha 0 --beta 0", "--local_crops_number 0", "--no-norm_last_layer"])
+LEFT_OUT = ["--alpha 0", "--beta 0", "--li_weight 0", "--li_weight 0 --beta 0", "--alpha 0 --beta 0", "--local_crops_number 0", "--no-norm_last_layer",
+            "--recipe ibot --li_weight 0", "--recipe mocov3 --alpha 0 --beta 0", "--baseline dino+ --alpha 0 --local_crops_number 0"]
+
+
+@pytest.mark.parametrize("flags", [*VARIANTS.values(), *map(str.split, LEFT_OUT)], ids=" ".join)
 def test_every_trainable_parameter_gets_a_gradient_and_nothing_else_is_built(flags):
-    args, student, teacher = networks(flags.split())
-    views, boxes = random_views(args)
-    total_loss(args, student, teacher, views, boxes).backward()
+    args, baseline, student, teacher = networks(flags)
+    loss_terms(args, baseline, student, teacher, *random_views(args, baseline)).sum().backward()
     assert [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None] == []
+    frozen = {name for name, p in student.named_parameters() if not p.requires_grad}
+    assert all(name.endswith("layer.scale") or "patch_embed" in name or "backbone.norm" in name for name in frozen)
+    assert any("patch_embed" in name for name in frozen) == args.stop_grad_conv1
     assert not any(p.requires_grad for p in teacher.parameters())
     resolutions = 2 if args.local_crops_number else 1
-    assert (student.head is None) == (args.li_weight == 0) == (not student.backbone.norm.weight.requires_grad)
+    assert (student.head is None) == (args.li_weight == 0) == ("backbone.norm.weight" in frozen)
     assert len(student.spatial) == (resolutions if args.alpha else 0) and len(teacher.spatial) == bool(args.alpha)
     assert len(student.channel) == (resolutions if args.beta else 0) and len(teacher.channel) == bool(args.beta)
+    assert all((h.predictor is None) == args.symmetric for h in [*student.spatial, *student.channel])
+    masked = args.baseline == "ibot" and args.li_weight > 0
+    assert hasattr(student.backbone, "masked_embed") == masked == (baseline.mask is not None) and not hasattr(teacher.backbone, "masked_embed")
+    own = {name for name, _ in student.named_parameters()} - {name for name, _ in teacher.named_parameters()}    # what only the student has
+    assert all(".predictor." in name or name == "backbone.masked_embed" or re.match(r"(spatial|channel)\.1\.", name) for name in own)
 
 
 def test_network_batches_each_resolution_and_teacher_has_only_h():
-    args, student, teacher = networks()
-    views, _ = random_views(args)
+    args, baseline, student, teacher = networks()
+    views, _, _ = random_views(args, baseline)
     out = student(views)
     assert out.summary.shape == (4, 3, 96) and out.embedding.shape == (4, 3, 32)
     assert [tuple(p.shape) for p in out.spatial] == [(2, 3, 96, 16), (2, 3, 96, 4)] == [tuple(c.shape) for c in out.channel]
@@ -574,7 +628,7 @@ def test_network_batches_each_resolution_and_teacher_has_only_h():
 
 
 def test_teacher_is_the_moving_average_of_every_parameter():
-    _, student, teacher = networks()
+    _, _, student, teacher = networks()
     before = {name: p.clone() for name, p in teacher.named_parameters()}
     with torch.no_grad():
         for p in student.parameters():
@@ -590,31 +644,42 @@ def test_teacher_is_the_moving_average_of_every_parameter():
         model.update_teacher(student, teacher, 0.9)
 
 
-def test_networks_and_losses_compile_without_a_graph_break():
-    args, student, teacher = networks(["--drop_path_rate", "0"])
-    views, boxes = random_views(args)
-    dino, sere, colours = baselines.DINOLoss(32), relations.SelfRelationLoss(6, overlap_global=4, overlap_local=2), augment.Photometric()
-    rows, images = torch.stack([row(SIGMA=1.0, HUE=0.1), row(GREY=1)]), picture(32, 32).expand(2, -1, -1, -1)
+@pytest.mark.parametrize("flags", [VARIANTS[name] for name in ("dino", "ibot", "mocov3", "dino+", "batch relations")], ids=" ".join)
+def test_networks_and_losses_compile_without_a_graph_break_or_a_graph_an_epoch(flags):
+    args, baseline, student, teacher = networks(flags)
+    views, boxes, mask = random_views(args, baseline)
+    relation_loss, graphs = train.build_relation_loss(args), []
 
-    def outcome(student, teacher, dino, sere, colours):
-        taught, learned = teacher(views[:1]), student(views)
-        loss = dino(learned.embedding, taught.embedding, 0.04) + sum(sere(taught, learned, boxes))
-        return loss, torch.autograd.grad(loss, [p for p in student_parameters if p.requires_grad]), colours(images, rows)
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def outcome(student, teacher, embedding_loss, relation_loss, epoch):
+        taught, learned = teacher(views[:1]), student(views, mask)
+        loss = embedding_loss(learned.embedding, taught.embedding, baseline.teacher_temp[epoch], boxes, mask) + sum(relation_loss(taught, learned, boxes))
+        return loss, torch.autograd.grad(loss, [p for p in student_parameters if p.requires_grad])
 
     student_parameters = list(student.parameters())
-    eager = outcome(student, teacher, dino, sere, colours)
-    whole = [torch.compile(m, fullgraph=True, backend="eager", dynamic=False) for m in (student, teacher, dino, sere, colours)]
-    compiled = outcome(*whole)
-    close(compiled[0], eager[0])
-    close(compiled[1], eager[1])
-    close(compiled[2], eager[2])
+    eager = outcome(student, teacher, baseline.loss, relation_loss, 2)
+    compiled = [torch.compile(m, fullgraph=True, backend=backend, dynamic=False) for m in (student, teacher, baseline.loss, relation_loss)]
+    whole = [outcome(*compiled, epoch) for epoch in (0, 2)][-1]
+    close(whole[0], eager[0])
+    for a, b in zip(whole[1], eager[1]):
+        close(a, b, atol=1e-5)    # gradients of sums over all patches, in another order
+    assert len(graphs) == 4
+
+
+def test_photometric_compiles_without_a_graph_break():
+    rows, images = torch.stack([row(SIGMA=1.0, HUE=0.1), row(GREY=1)]), picture(32, 32).expand(2, -1, -1, -1)
+    colours = augment.Photometric()
+    close(torch.compile(colours, fullgraph=True, backend="eager", dynamic=False)(images, rows), colours(images, rows))
 
 
 # --- weights from files
 
 
 def test_a_saved_encoder_gives_the_same_features(tmp_path, capsys):
-    _, student, teacher = networks()
+    _, _, student, teacher = networks()
     images = torch.randn(2, 3, 32, 32)
     torch.save(teacher.backbone.state_dict(), tmp_path / "backbone.pth")
     loaded = model.load_encoder(tmp_path / "backbone.pth")
@@ -965,7 +1030,7 @@ def test_each_gradient_is_clipped_by_its_own_norm():
 
 
 def test_no_weight_decay_on_biases_and_norms():
-    _, student, _ = networks()
+    _, _, student, _ = networks()
     decayed, free = train.parameter_groups(student)
     names = {id(p): name for name, p in student.named_parameters()}
     assert free["weight_decay"] == 0 and "weight_decay" not in decayed
@@ -973,10 +1038,6 @@ def test_no_weight_decay_on_biases_and_norms():
     assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in free["params"])
     assert {"backbone.cls_token", "backbone.pos_embed", "backbone.blocks.0.mlp.fc1.weight"} <= {names[id(p)] for p in decayed["params"]}
     assert len(decayed["params"]) + len(free["params"]) == sum(p.requires_grad for p in student.parameters())
-
-
-SMALL = """--arch vit_nano --patch_size 8 --global_crops_size 32 --local_crops_size 16 --local_crops_number 2 --out_dim 32 --overlap_global 4
---overlap_local 2 --batch_size_per_gpu 4 --epochs 3 --warmup_epochs 1 --knn_every 2 --num_workers 0 --log_every 1""".split()    # 3 epochs of 4 steps
 
 
 @pytest.fixture(scope="session")
@@ -1173,7 +1234,7 @@ def test_three_epochs_step_by_step_by_hand(folder, tmp_path, monkeypatch):
 
     args = train.parse_args([*SMALL, "--data_path", str(folder), *flags])
     torch.manual_seed(3)
-    student, teacher = train.build_networks(args)
+    student, teacher = train.build_networks(args, train.build_baseline(args))
     images, multicrop = data.build_dataset(folder, "train"), augment.MultiCrop(32, (0.5, 0.9), 2, 16, (0.1, 0.4))
     batches = iter(data.Batches(16, 4, 2, 0, 1, seed=3))
     settings = argparse.Namespace(heads=3, overlap_global=5, overlap_local=3, teacher_temperatures=(1.0, 1.0), student_temperatures=(0.4, 0.2))
@@ -1209,7 +1270,7 @@ def test_three_epochs_step_by_step_by_hand(folder, tmp_path, monkeypatch):
                 p.copy_(momentum[step] * p + (1 - momentum[step]) * student.get_parameter(name))
             center = 0.9 * center + 0.1 * sum(outputs) / 2
 
-    close(checkpoint["dino"]["center"], center, rtol=1e-3, atol=1e-5)
+    close(checkpoint["baseline"]["center"], center, rtol=1e-3, atol=1e-5)
     clipped = 0
     for network, expected in (("student", student), ("teacher", teacher)):
         for name, value in expected.state_dict().items():
@@ -1320,37 +1381,36 @@ def test_killed_at_any_moment_and_run_again_it_ends_the_same(folder, uninterrupt
     same_run(tmp_path, uninterrupted)
 
 
-def gradients_of_a_step(rank=0, processes=1):
-    """Losses, gradients and centre of one step on a fixed batch of 6 images, of which a process takes its share."""
+def gradients_of_a_step(flags, rank=0, processes=1):
+    """Losses, gradients, and what the loss and the batch norms keep, of one step on a fixed batch of 6 images, of which a process takes its share."""
     torch.manual_seed(1)
-    args, student, teacher = networks(["--drop_path_rate", "0"])
-    views, boxes = random_views(args, B=6)
-    boxes[2, :2, :4], boxes[:2, :2, :4] = torch.tensor([0.0, 0.0, 0.2, 0.2]), torch.tensor([0.3, 0.3, 1.0, 1.0])    # processes with unequally many pairs that overlap
+    args, baseline, student, teacher = networks(flags)
+    views, boxes, mask = random_views(args, baseline, B=6)
+    boxes[2:, :2, :4], boxes[:2, :2, :4] = torch.tensor([0.0, 0.0, 0.2, 0.2]), torch.tensor([0.3, 0.3, 1.0, 1.0])    # processes with unequally many pairs that overlap
     share = slice(rank * 6 // processes, (rank + 1) * 6 // processes)
-    views, boxes = [v[:, share] for v in views], boxes[:, share]
+    views, boxes, mask = [v[:, share] for v in views], boxes[:, share], None if mask is None else mask[:, share]
     network = student
     if processes > 1:
-        student.compile(fullgraph=True, backend="eager")    # collectives included, no graph break
+        if args.arch != "resnet50":    # it would, but takes long to trace
+            student.compile(fullgraph=True, backend="eager")    # collectives included, no graph break
         network = torch.nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
-    dino, sere = baselines.DINOLoss(args.out_dim), relations.SelfRelationLoss(overlap_global=4, overlap_local=2)
-    with torch.no_grad():
-        taught = teacher(views[:1])
-    learned = network(views)
-    terms = torch.stack([dino(learned.embedding, taught.embedding, 0.04), *sere(taught, learned, boxes)])
+    terms = loss_terms(args, baseline, network, teacher, views, boxes, mask)
     terms.sum().backward()
-    dino.update_center()
-    return terms.detach(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, dino.center
+    baseline.loss.update_center()
+    kept = dict(baseline.loss.state_dict()) | {name: value.float() for name, value in [*student.named_buffers(), *teacher.named_buffers(prefix="teacher")]}
+    return terms.detach(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, kept
 
 
 TORCHRUN = """
 import torch, torch.distributed as dist
-import test_sere, train
+import distributed, test_sere, train
 
 def gradients_first(args, processes, requests, rest=train.train):
-    terms, gradients, center = test_sere.gradients_of_a_step(processes.rank, processes.size)
-    terms = processes.mean(terms)
-    if processes.rank == 0:
-        torch.save((terms, gradients, center), {output!r} + "/step.pth")
+    for name, flags in test_sere.VARIANTS.items():
+        terms, gradients, kept = test_sere.gradients_of_a_step(flags, processes.rank, processes.size)
+        terms = distributed.average_over_processes(terms)
+        if processes.rank == 0:
+            torch.save((terms, gradients, kept), {output!r} + "/" + name + ".pth")
     rest(args, processes, requests)
 
 train.train = gradients_first
@@ -1359,7 +1419,7 @@ train.main({flags!r})
 
 
 def test_two_processes_of_B_equal_one_of_2B(folder, tmp_path):
-    """Losses, gradients, relation heads and DINO's centre of a step, and then a whole short training under torchrun."""
+    """Losses, gradients, batch norms and centres of a step of every recipe, and then a whole short training under torchrun."""
     flags = [*SMALL, "--data_path", str(folder), "--max_steps", "3", "--drop_path_rate", "0", "--lr", "0.001", "--warmup_epochs", "0"]
     script = tmp_path / "two.py"
     script.write_text(TORCHRUN.format(output=str(tmp_path), flags=[*flags, "--output_dir", str(tmp_path / "two"), "--batch_size_per_gpu", "4"]))
@@ -1367,13 +1427,19 @@ def test_two_processes_of_B_equal_one_of_2B(folder, tmp_path):
     done = subprocess.run(command, env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
 
-    terms, gradients, center = torch.load(tmp_path / "step.pth", weights_only=True)
-    expected_terms, expected, expected_center = gradients_of_a_step()
-    close(terms, expected_terms)
-    close(center, expected_center)
-    assert gradients.keys() == expected.keys() and any("spatial.1.predictor" in name for name in expected)
-    for name in expected:
-        close(gradients[name], expected[name], rtol=1e-3, atol=1e-6)    # sums over all patches in another order
+    for name, variant in VARIANTS.items():
+        terms, gradients, kept = torch.load(tmp_path / f"{name}.pth", weights_only=True)
+        expected_terms, expected, expected_kept = gradients_of_a_step(variant)
+        close(terms, expected_terms, rtol=1e-4)
+        assert gradients.keys() == expected.keys() and kept.keys() == expected_kept.keys()
+        for part in expected_kept:
+            close(kept[part], expected_kept[part], rtol=1e-4, atol=1e-5)
+        # Sums over all patches in another order. In a ResNet's last stages a batch norm sees but 24 values, and 1 % of its gradients
+        # is rounding: as much as between this batch norm and torch's in one process.
+        tolerance = 0.05 if name == "resnet50" else 1e-3
+        for part in expected:
+            assert (gradients[part] - expected[part]).norm() <= tolerance * expected[part].norm() + 1e-6, (name, part)
+    assert expected_kept.keys() == {"center"}
 
     train.main([*flags, "--output_dir", str(tmp_path / "one"), "--batch_size_per_gpu", "8"])
     two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
@@ -1386,7 +1452,7 @@ def test_the_command_line_from_training_to_a_knn_number(folder, tmp_path):
     command = [sys.executable, HERE / "train.py", *SMALL, "--data_path", folder, "--max_steps", "2"]
     done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "dino: vit_nano/8 on 16 images" in done.stdout and "Traceback" not in done.stderr
+    assert "dino: vit_nano/8, L = 1 L_I(dino) + 1 L_p + 1 L_c" in done.stdout and "Traceback" not in done.stderr
     weights = tmp_path / "runs/dino/backbone.pth"
     flags = ["--pretrained_weights", str(weights), "--data_path", str(folder), "--num_workers", "0", "--json", str(tmp_path / "result.json")]
     result = evaluate.main(["knn", *flags, "--nb_knn", "5"])
@@ -1428,14 +1494,15 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")   
 
 
 @cuda
-def test_cuda_gives_the_losses_of_the_cpu():
-    args, student, teacher = networks()
-    student.eval()
-    views, boxes = random_views(args)
-    expected = total_loss(args, student, teacher, views, boxes)
-    views, boxes = [v.to("cuda") for v in views], boxes.to("cuda")
+@pytest.mark.parametrize("flags", VARIANTS.values(), ids=" ".join)
+def test_cuda_gives_the_losses_of_the_cpu(flags):
+    args, baseline, student, teacher = networks(flags)
+    views, boxes, mask = random_views(args, baseline)
+    expected = loss_terms(args, baseline, student, teacher, views, boxes, mask)
+    student, teacher, baseline = student.to("cuda"), teacher.to("cuda"), baseline._replace(loss=baseline.loss.to("cuda"), teacher_temp=baseline.teacher_temp.to("cuda"))
+    views, boxes, mask = [v.to("cuda") for v in views], boxes.to("cuda"), None if mask is None else mask.to("cuda")
     # the card's float32 sums in another order, and its matrix products and convolutions may be TF32: 10 bits of mantissa
-    close(total_loss(args, student.to("cuda"), teacher.to("cuda"), views, boxes).cpu(), expected, rtol=1e-3)
+    close(loss_terms(args, baseline, student, teacher, views, boxes, mask).cpu(), expected, rtol=1e-2 if args.arch == "resnet50" else 1e-3)
 
 
 @cuda

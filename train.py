@@ -1,11 +1,11 @@
-"""Train a Vision Transformer without labels: an existing method (L_I) plus SERE's self-relations, Eq. 6.
+"""Train a Vision Transformer (or a ResNet-50) without labels: an existing method (L_I) plus SERE's self-relations, Eq. 6.
 
     python train.py                                            the demo: drawn images, a few minutes on a CPU
     python train.py --data_path /path/to/imagenet              the paper's Sec. 4.1 (DINO + SERE)
     torchrun --standalone --nproc_per_node=8 train.py --data_path /path/to/imagenet
 
-The same command again goes on where the last one stopped. From the top: the command line, the schedules, what stops
-and resumes a run, and the loop.
+The same command again goes on where the last one stopped. From the top: the command line with its recipes, the schedules,
+what stops and resumes a run, what is built, and the loop.
 """
 
 import argparse
@@ -18,19 +18,21 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from augment import BOX, MultiCrop, Photometric, collate, normalize
-from baselines import DINOHead, DINOLoss
+from ablations import BatchRelationLoss, DINOPlusLoss
+from augment import BOX, BlockMask, MultiCrop, Photometric, collate, normalize
+from baselines import DINOHead, DINOLoss, IBOTHead, IBOTLoss, MoCoHead, MoCoLoss, NoLoss
 from data import NAMES, Batches, Readable, ViewsOfImages, build_dataset, ignore_signals, labelled
+from distributed import Processes, average_over_processes
 from evaluate import evaluation_crop, knn_accuracy
 from model import ARCHITECTURES, Network, build_encoder, update_teacher
 from relations import RelationHead, SelfRelationLoss, channel_relation, spatial_relation
@@ -40,8 +42,26 @@ from visualize import draw_attention, draw_views
 # --- command line -----------------------------------------------------------------------------------------------------
 
 # What a recipe changes of the defaults below, which are the paper's DINO + SERE.
+IBOT = dict(
+    baseline="ibot", alpha=0.2, beta=0.5, out_dim=8192, shared_head=True, norm_last_layer=False, teacher_temp=0.07, teacher_patch_temp=0.07,
+    warmup_teacher_temp_epochs=30, global_crops_scale=(0.4, 1.0), local_crops_number=10, local_crops_scale=(0.05, 0.4), batch_size_per_gpu=128,
+    clip_grad=0.3,
+)
 RECIPES = {
     "dino": {},
+    "ibot": IBOT,
+    "ibot-b": IBOT | dict(
+        arch="vit_base", norm_last_layer=True, warmup_teacher_temp_epochs=50, freeze_last_layer=3,
+        global_crops_scale=(0.32, 1.0), local_crops_scale=(0.05, 0.32), lr=0.00075, min_lr=2e-6,
+    ),
+    "mocov3": dict(
+        baseline="mocov3", stop_grad_conv1=True, drop_path_rate=0.0, out_dim=256, momentum_teacher=0.99, global_crops_scale=(0.08, 1.0), local_crops_number=0,
+        lr=0.00015, min_lr=0.0, warmup_epochs=40, weight_decay=0.1, weight_decay_end=0.1, clip_grad=0.0,
+    ),
+    "resnet50": dict(
+        arch="resnet50", patch_size=32, drop_path_rate=0.0, relation_heads=8, overlap_global=7, overlap_local=3,
+        global_crops_scale=(0.14, 1.0), local_crops_scale=(0.05, 0.14), optimizer="sgd", lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4,
+    ),
     "demo": dict(
         data_path="shapes", arch="vit_nano", patch_size=8, drop_path_rate=0.0, global_crops_size=48, local_crops_size=24,
         overlap_global=6, overlap_local=3, out_dim=1024, epochs=3, warmup_epochs=1, lr=0.008, min_lr=1e-5, momentum_teacher=0.99, knn_every=1,
@@ -85,33 +105,48 @@ def parse_args(argv=None):
     flag(g, "log_every", 10, "steps between lines of log.jsonl")
     g = parser.add_argument_group("encoder")
     flag(g, "arch", "vit_small", "encoder", choices=list(ARCHITECTURES))
-    flag(g, "patch_size", 16, "side of a patch in pixels; smaller is better and slower")
-    flag(g, "drop_path_rate", 0.1, "stochastic depth of the student's last block, growing linearly with depth")
+    flag(g, "patch_size", 16, "side of a patch in pixels; smaller is better and slower; resnet50's stride is 32")
+    flag(g, "drop_path_rate", 0.1, "ViT: stochastic depth of the student's last block, growing linearly with depth")
+    switch(g, "stop_grad_conv1", False, "ViT: off by default, but for mocov3; keep the patch projection as it was drawn, as MoCo v3 does for stability")
     g = parser.add_argument_group("self-relations (SERE)")
-    flag(g, "alpha", 1.0, "weight of L_p, spatial self-relation (Eq. 3); 0 leaves it out")
-    flag(g, "beta", 1.0, "weight of L_c, channel self-relation (Eq. 5); 0 leaves it out")
+    flag(g, "alpha", 1.0, "weight of L_p, spatial self-relation (Eq. 3); 0 leaves it out (Tables 8 and 14)")
+    flag(g, "beta", 1.0, "weight of L_c, channel self-relation (Eq. 5); 0 leaves it out (Tables 8 and 14)")
     flag(g, "temperature_spatial", 0.5, "t_p of Eq. 2, of the network that --sharpen names; the other's is 1 (Table 13)")
     flag(g, "temperature_channel", 0.1, "t_c of Eq. 4, likewise (Table 13)")
     flag(g, "sharpen", "teacher", "who gets the temperatures: teacher as in the authors' release, student as in the text", choices=["teacher", "student"])
     flag(g, "relation_heads", 6, "M, groups of channels with a spatial relation each; divides the encoder's dim (Table 12)")
     flag(g, "overlap_global", 13, "points a side sampled in the overlap of two global views; about the side of their feature map")
     flag(g, "overlap_local", 6, "the same where a local view takes part")
-    g = parser.add_argument_group("image embedding (L_I, DINO)")
-    flag(g, "li_weight", 1.0, "weight of L_I; 0 leaves it out")
+    switch(g, "symmetric", False, "off by default; leave out the student's prediction heads g (Table 15)")
+    flag(g, "channel_relation", "image", "what L_c relates channels over: each image (Eq. 4), or the batch, as Barlow Twins does (Table 11)", choices=["image", "batch"])
+    g = parser.add_argument_group("image embedding (L_I)")
+    flag(g, "baseline", "dino", "the method SERE is added to (Table 7); dino+ clusters patch embeddings too (Table 10)", choices=["dino", "ibot", "mocov3", "dino+"])
+    flag(g, "li_weight", 1.0, "weight of L_I; 0 leaves it out (Table 8)")
     flag(g, "out_dim", 65536, "K, outputs of the head; fewer (4096) learn faster on small data")
-    switch(g, "norm_last_layer", True, "on by default; keep the last layer's rows at length 1; stabler, and better for small encoders")
     flag(g, "momentum_teacher", 0.996, "λ of the teacher's update at the start, to 1 by cosine; nearer 1 (0.9995) for batches of 256 and less")
+    g = parser.add_argument_group("DINO, iBOT")
+    switch(g, "norm_last_layer", True, "on by default, but for ibot; keep the last layer's rows at length 1; stabler, and better for small encoders")
     flag(g, "warmup_teacher_temp", 0.04, "teacher temperature at the start; lower it when the loss stays at ln(out_dim)")
     flag(g, "teacher_temp", 0.04, "teacher temperature after its warm-up; above 0.07 is unstable")
-    flag(g, "warmup_teacher_temp_epochs", 0, "epochs of that warm-up, linear")
+    flag(g, "warmup_teacher_temp_epochs", 0, "epochs of that warm-up, linear; also of the patch temperature's")
     flag(g, "freeze_last_layer", 1, "epochs in which the head's last layer stays as it is; more when the loss does not fall")
+    g = parser.add_argument_group("iBOT, DINO+ (patch embeddings)")
+    switch(g, "shared_head", False, "off by default, but for ibot; one last layer, of out_dim outputs, for class and patch tokens")
+    flag(g, "patch_out_dim", 8192, "K of the patches' own last layer, without --shared_head")
+    flag(g, "warmup_teacher_patch_temp", 0.04, "teacher temperature of patches at the start")
+    flag(g, "teacher_patch_temp", 0.04, "teacher temperature of patches after the warm-up")
+    flag(g, "pred_ratio", (0.0, 0.3), "iBOT: share of a global view's patches hidden from the student, one of these, drawn for each view", nargs="+", type=float, metavar="SHARE")
+    flag(g, "pred_ratio_var", (0.0, 0.2), "iBOT: each share varies by up to so much", nargs="+", type=float, metavar="SHARE")
+    g = parser.add_argument_group("MoCo v3")
+    flag(g, "moco_t", 0.2, "temperature")
     g = parser.add_argument_group("views")
     flag(g, "global_crops_size", 224, "side of the two global views in pixels")
     flag(g, "global_crops_scale", (0.35, 1.0), "their range of the image's area", nargs=2, type=float, metavar=("LOW", "HIGH"))
     flag(g, "local_crops_number", 4, "local views an image, any number")
     flag(g, "local_crops_size", 96, "side of the local views in pixels")
     flag(g, "local_crops_scale", (0.05, 0.35), "their range of the image's area", nargs=2, type=float, metavar=("LOW", "HIGH"))
-    g = parser.add_argument_group("optimization (AdamW)")
+    g = parser.add_argument_group("optimization")
+    flag(g, "optimizer", "adamw", "adamw for ViTs; sgd (momentum 0.9) for convnets", choices=["adamw", "sgd"])
     flag(g, "epochs", 100, "passes over the images")
     flag(g, "batch_size_per_gpu", 64, "images a process and forward pass")
     flag(g, "grad_accum_steps", 1, "forward passes an optimizer step")
@@ -130,7 +165,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     args.output_dir = args.output_dir or f"runs/{args.recipe}"
-    args.global_crops_scale, args.local_crops_scale = list(args.global_crops_scale), list(args.local_crops_scale)
+    for name in ("global_crops_scale", "local_crops_scale", "pred_ratio", "pred_ratio_var"):
+        setattr(args, name, list(getattr(args, name)))
     if fault := find_fault(args):
         parser.error(fault)
     return args
@@ -151,7 +187,7 @@ def find_fault(args):
     """What in these arguments can't be, in one line; None if nothing."""
     if not args.data_path:
         return f"--recipe {args.recipe} needs --data_path"
-    for name in """epochs batch_size_per_gpu grad_accum_steps log_every patch_size out_dim relation_heads overlap_global overlap_local""".split():
+    for name in """epochs batch_size_per_gpu grad_accum_steps log_every patch_size out_dim patch_out_dim relation_heads overlap_global overlap_local""".split():
         if getattr(args, name) < 1:
             return f"--{name} must be at least 1"
     for name in """seed max_steps checkpoint_steps knn_every num_workers local_crops_number alpha beta li_weight lr min_lr weight_decay
@@ -160,7 +196,7 @@ def find_fault(args):
             return f"--{name} can't be negative"
     if not (args.alpha or args.beta or args.li_weight):
         return "--alpha, --beta and --li_weight are all 0: nothing to learn from"
-    for name in ("temperature_spatial", "temperature_channel", "teacher_temp", "warmup_teacher_temp"):
+    for name in """temperature_spatial temperature_channel teacher_temp warmup_teacher_temp teacher_patch_temp warmup_teacher_patch_temp moco_t""".split():
         if getattr(args, name) <= 0:
             return f"--{name} must be above 0"
     if not 0 <= args.momentum_teacher <= 1:
@@ -178,6 +214,16 @@ def find_fault(args):
             continue
         if size < args.patch_size or size % args.patch_size:
             return f"--{kind}_crops_size {size} is not a multiple of --patch_size {args.patch_size}"
+    if len(args.pred_ratio) != len(args.pred_ratio_var):
+        return f"--pred_ratio and --pred_ratio_var must be equally many, not {len(args.pred_ratio)} and {len(args.pred_ratio_var)}"
+    for share, variance in zip(args.pred_ratio, args.pred_ratio_var):
+        if not 0 <= share - variance <= share + variance < 1:
+            return f"--pred_ratio {share:g} plus or minus --pred_ratio_var {variance:g} must lie in [0, 1)"
+    if args.arch == "resnet50":
+        if args.patch_size != 32:
+            return "--arch resnet50 needs --patch_size 32, its stride; --recipe resnet50 has it"
+        if args.stop_grad_conv1 or args.drop_path_rate or (args.baseline == "ibot" and args.li_weight):
+            return "--arch resnet50 has no patch projection, stochastic depth or masks: --no-stop_grad_conv1, --drop_path_rate 0, no --baseline ibot"
     if args.warmup_epochs >= args.epochs:
         return f"--warmup_epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}"
     if args.warmup_teacher_temp_epochs > args.epochs:
@@ -214,43 +260,6 @@ def clip_gradients(parameters, largest):
 
 
 # --- stopping and going on --------------------------------------------------------------------------------------------
-
-
-class Processes:
-    """The training processes: this one alone, or torchrun's."""
-
-    def __init__(self):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.training = False    # past the preparations, in which all processes do the same
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            if local_rank >= torch.cuda.device_count():
-                sys.exit(f"train.py: error: process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; lower --nproc_per_node")
-            self.device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(self.device)
-        self.distributed = "RANK" in os.environ
-        if self.distributed:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            self.control = dist.new_group(backend="gloo")
-
-    def sum(self, number):
-        """A number of each process, added up. Asking costs no wait for the GPU."""
-        if not self.distributed:
-            return number
-        total = torch.tensor(number)
-        dist.all_reduce(total, group=self.control)
-        return total.item()
-
-    def mean(self, x):
-        """Mean of a tensor over the processes."""
-        if self.distributed:
-            dist.all_reduce(x)
-        return x / self.size
-
-    def close(self):
-        if self.distributed:
-            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -299,7 +308,9 @@ def find_checkpoint(path, arguments):
         before = checkpoint["arguments"]
     except Exception as error:
         raise OSError(f"{path} is damaged, or no checkpoint of train.py. Use another --output_dir, or --overwrite") from error
-    different = [f"{name} was {before[name]}, is {value}" for name, value in arguments.items() if name in before and before[name] != value]
+    if before.keys() != arguments.keys():
+        raise OSError(f"{path} was written by another version of train.py. Use another --output_dir, or --overwrite")
+    different = [f"{name} was {before[name]}, is {value}" for name, value in arguments.items() if before[name] != value]
     if different:
         raise OSError(f"{path} is of a run with other arguments: {'; '.join(different)}. Use another --output_dir, or --overwrite")
     return checkpoint
@@ -329,39 +340,83 @@ class Log:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def build_networks(args):
+class Baseline(NamedTuple):
+    """The method that SERE is added to."""
+
+    head: Callable             # (dim, student: bool) -> a network's head, or None
+    loss: torch.nn.Module      # L_I, see baselines.py
+    teacher_temp: torch.Tensor    # its temperature (epochs,), or temperatures (epochs, 2)
+    mask: BlockMask = None     # what is hidden from the student
+
+
+def build_baseline(args):
+    """The Baseline that the arguments name: the one place that tells them apart."""
+    teacher_temp, patch_temp = (
+        torch.cat([torch.linspace(low, high, args.warmup_teacher_temp_epochs), torch.full((args.epochs - args.warmup_teacher_temp_epochs,), high)])
+        for low, high in ((args.warmup_teacher_temp, args.teacher_temp), (args.warmup_teacher_patch_temp, args.teacher_patch_temp))
+    )
+    both_temps = torch.stack([teacher_temp, patch_temp], dim=1)    # (epochs, 2)
+    patch_out_dim = None if args.shared_head else args.patch_out_dim
+
+    if args.li_weight == 0:
+        return Baseline(lambda dim, student: None, NoLoss(), teacher_temp)
+    if args.baseline == "dino":
+        return Baseline(lambda dim, student: DINOHead(dim, args.out_dim, args.norm_last_layer), DINOLoss(args.out_dim), teacher_temp)
+    if args.baseline == "mocov3":
+        return Baseline(lambda dim, student: MoCoHead(dim, args.out_dim, predictor=student), MoCoLoss(args.moco_t), teacher_temp)
+    resolutions = 1 if args.baseline == "ibot" else 2    # of which patches are embedded
+    head = lambda dim, student: IBOTHead(dim, args.out_dim, args.norm_last_layer, patch_out_dim, resolutions)
+    if args.baseline == "ibot":
+        mask = BlockMask(args.global_crops_size // args.patch_size, args.pred_ratio, args.pred_ratio_var)
+        return Baseline(head, IBOTLoss(args.out_dim, patch_out_dim or args.out_dim), both_temps, mask)
+    return Baseline(head, DINOPlusLoss(args.out_dim, patch_out_dim or args.out_dim, args.overlap_global, args.overlap_local), both_temps)
+
+
+def build_relation_loss(args):
+    """L_p and L_c."""
+    kind = {"image": SelfRelationLoss, "batch": BatchRelationLoss}[args.channel_relation]
+    return kind(args.relation_heads, args.temperature_spatial, args.temperature_channel, args.sharpen, args.overlap_global, args.overlap_local)
+
+
+def build_networks(args, baseline):
     """(student, teacher) with the same weights; the student with h and g for each resolution, the teacher with h for global views."""
 
-    def network(drop_path_rate, resolutions, predictor):
-        backbone = build_encoder(args.arch, args.global_crops_size, args.patch_size, drop_path_rate)
-        head = DINOHead(backbone.dim, args.out_dim, args.norm_last_layer) if args.li_weight else None
-        spatial = [RelationHead(backbone.dim, predictor) for _ in range(resolutions if args.alpha else 0)]
-        channel = [RelationHead(backbone.dim, predictor) for _ in range(resolutions if args.beta else 0)]
+    def network(student):
+        backbone = build_encoder(args.arch, args.global_crops_size, args.patch_size, args.drop_path_rate if student else 0.0, masked=student and baseline.mask is not None)
+        if args.stop_grad_conv1:
+            torch.nn.init.xavier_uniform_(backbone.patch_embed.proj.weight.flatten(1))    # MoCo v3's: it stays, so its scale matters
+            backbone.patch_embed.requires_grad_(False)
+        head = baseline.head(backbone.dim, student)
+        resolutions = 2 if student and args.local_crops_number else 1
+        g = student and not args.symmetric
+        spatial = [RelationHead(backbone.dim, g) for _ in range(resolutions if args.alpha else 0)]
+        channel = [RelationHead(backbone.dim, g) for _ in range(resolutions if args.beta else 0)]
         return Network(backbone, head, spatial, channel)
 
-    student = network(args.drop_path_rate, 2 if args.local_crops_number else 1, predictor=True)
-    teacher = network(0.0, 1, predictor=False)
+    student, teacher = network(student=True), network(student=False)
     weights = student.state_dict()
     teacher.load_state_dict({name: weights[name] for name in teacher.state_dict()})
     return student, teacher.requires_grad_(False)
 
 
 def colour(batch, photometric, device):
-    """A loader's batch -> views, by resolution, global first, (V, B, 3, S, S) as networks take them, and their boxes (views, B, 5)."""
+    """A loader's batch -> views, by resolution, global first, (V, B, 3, S, S) as networks take them; their boxes (views, B, 5);
+    and the student's mask (G, B, N), or None."""
     rows = batch.rows.to(device, non_blocking=True)    # (views, B, ROW)
     views = []
     for crops, its_rows in zip(batch.crops, rows.split([len(crops) for crops in batch.crops])):
         crops = crops.to(device, non_blocking=True)
         views.append(photometric(crops.flatten(0, 1), its_rows.flatten(0, 1)).unflatten(0, crops.shape[:2]))
-    return views, rows[:, :, BOX]
+    mask = None if batch.mask is None else batch.mask.to(device, non_blocking=True)
+    return views, rows[:, :, BOX], mask
 
 
 @torch.no_grad()
-def diagnostics(teacher, boxes, dino, sere, teacher_temp):
-    """What shows a collapse, and relations that say nothing. Entropies are in nats, at most ln K, ln N and ln C."""
+def diagnostics(teacher, boxes, sere):
+    """What shows a collapse, and relations that say nothing. Entropies are in nats, at most ln N and ln C."""
 
-    def entropy(p):
-        return torch.special.entr(p).sum(dim=-1).mean().item()
+    def entropy(logits):
+        return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1).mean().item()
 
     G, C = len(teacher.summary), teacher.summary.shape[-1]
     valid = [overlap(boxes[q], boxes[v])[1] for v in range(len(boxes)) for q in range(G) if q != v]
@@ -369,12 +424,10 @@ def diagnostics(teacher, boxes, dino, sere, teacher_temp):
         "feature_std": F.normalize(teacher.summary.float(), dim=-1).std(dim=1, correction=0).mean().item() * C**0.5,    # 1 spread out, 0 collapsed
         "overlap": torch.stack(valid).float().mean().item(),
     }
-    if teacher.embedding is not None:
-        values["teacher_entropy"] = entropy(dino.targets(teacher.embedding, teacher_temp))
     if teacher.spatial:
-        values["spatial_entropy"] = entropy(spatial_relation(teacher.spatial[0][0], sere.heads, sere.teacher_temperatures[0]).softmax(dim=-1))
+        values["spatial_entropy"] = entropy(spatial_relation(teacher.spatial[0][0], sere.heads, sere.teacher_temperatures[0]))
     if teacher.channel:
-        values["channel_entropy"] = entropy(channel_relation(teacher.channel[0][0], sere.teacher_temperatures[1]).softmax(dim=-1))
+        values["channel_entropy"] = entropy(sere.channel_relation(teacher.channel[0][0], sere.teacher_temperatures[1]))
     return values
 
 
@@ -410,11 +463,15 @@ def train(args, processes, requests):
 
     # --- networks, losses, optimizer
     torch.manual_seed(args.seed)
-    student, teacher = (network.to(device) for network in build_networks(args))
+    baseline = build_baseline(args)
+    student, teacher = (network.to(device) for network in build_networks(args, baseline))
+    embedding_loss, relation_loss = baseline.loss.to(device), build_relation_loss(args)
     photometric = Photometric()
-    dino = DINOLoss(args.out_dim).to(device)
-    sere = SelfRelationLoss(args.relation_heads, args.temperature_spatial, args.temperature_channel, args.sharpen, args.overlap_global, args.overlap_local)
-    optimizer = torch.optim.AdamW(parameter_groups(student), fused=True)
+    last_layer = [parameter for name, parameter in student.named_parameters() if "last_layer" in name]
+    if args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameter_groups(student), fused=True)
+    else:
+        optimizer = torch.optim.SGD(parameter_groups(student), momentum=0.9)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -423,14 +480,13 @@ def train(args, processes, requests):
     lr = cosine_schedule(top_lr, args.min_lr, steps, args.warmup_epochs * steps_per_epoch).tolist()
     weight_decay = cosine_schedule(args.weight_decay, args.weight_decay_end, steps).tolist()
     momentum = cosine_schedule(args.momentum_teacher, 1.0, steps).tolist()
-    rise = torch.linspace(args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs).tolist()
-    teacher_temp = rise + [args.teacher_temp] * (args.epochs - len(rise))
+    teacher_temp = baseline.teacher_temp.to(device)    # tensors: a number would be a new graph for torch.compile each time it changes
 
     # --- go on where the last run stopped
     step, epoch_sums = 0, [0.0] * len(TERMS)
     arguments = {name: value for name, value in vars(args).items() if name not in NOT_TRAINING} | {"processes": processes.size, "images": len(images)}
     if checkpoint := None if args.overwrite else find_checkpoint(output / "checkpoint.pth", arguments):
-        for name, part in {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler, "dino": dino}.items():
+        for name, part in {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler, "baseline": embedding_loss}.items():
             part.load_state_dict(checkpoint[name])
         step, epoch_sums = checkpoint["step"], checkpoint["epoch_sums"]
         del checkpoint
@@ -443,7 +499,7 @@ def train(args, processes, requests):
             save(teacher.backbone.state_dict(), output / "backbone.pth")
             save({
                 "student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "dino": dino.state_dict(), "step": step, "epoch_sums": epoch_sums, "arguments": arguments,
+                "baseline": embedding_loss.state_dict(), "step": step, "epoch_sums": epoch_sums, "arguments": arguments,
             }, output / "checkpoint.pth")
 
     # --- what is written
@@ -454,7 +510,9 @@ def train(args, processes, requests):
         (output / "args.json").write_text(json.dumps(describe(args, processes, effective_batch, top_lr), indent=2) + "\n")
     log = Log(output / "log.jsonl", step) if main_process else None
     kinds = f"{images.classes} classes" if len(labelled(images)) else "no labels"
-    say(f"{args.recipe}: {args.arch}/{args.patch_size} on {len(images)} images of {args.data_path} ({kinds}, for kNN only)")
+    terms = [(args.li_weight, f"L_I({args.baseline})"), (args.alpha, "L_p"), (args.beta, "L_c")]
+    say(f"{args.recipe}: {args.arch}/{args.patch_size}, L = {' + '.join(f'{weight:g} {name}' for weight, name in terms if weight)}")
+    say(f"{len(images)} images of {args.data_path} ({kinds}, for kNN only)")
     say(f"{processes.size} process(es) on {device.type}, {args.precision}{', compiled' if args.compile else ''}")
     say(f"{args.epochs} epochs of {steps_per_epoch} steps; effective batch {effective_batch}, learning rate {top_lr:.2g}; results go to {output}/")
     if step:
@@ -462,9 +520,10 @@ def train(args, processes, requests):
 
     def evaluate_knn(epoch):
         accuracy = knn_accuracy(
-            teacher.backbone, Readable(images), val, args.global_crops_size, device, most=20_000,
+            teacher.backbone.eval(), Readable(images), val, args.global_crops_size, device, most=20_000,
             batch_size=args.batch_size_per_gpu, num_workers=args.num_workers,
         )[20]
+        teacher.backbone.train()    # a ResNet's batch norms
         say(f"epoch {epoch}: kNN {accuracy:.1f} %" + (" (untrained)" if epoch == 0 else ""))
         return accuracy
 
@@ -490,13 +549,13 @@ def train(args, processes, requests):
 
     # --- ready
     if args.compile:
-        for module in (student, teacher, photometric, dino, sere):
+        for module in (student, teacher, photometric, embedding_loss, relation_loss):
             module.compile(dynamic=False)
     network = student
     if processes.distributed:
-        network = DistributedDataParallel(student, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
     batches = Batches(len(images), args.batch_size_per_gpu, args.grad_accum_steps, processes.rank, processes.size, args.seed, start=step)
-    multicrop = MultiCrop(args.global_crops_size, args.global_crops_scale, args.local_crops_number, args.local_crops_size, args.local_crops_scale)
+    multicrop = MultiCrop(args.global_crops_size, args.global_crops_scale, args.local_crops_number, args.local_crops_size, args.local_crops_scale, baseline.mask)
     stream = iter(DataLoader(
         ViewsOfImages(images, multicrop, args.seed), batch_sampler=batches, num_workers=args.num_workers, collate_fn=collate,
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
@@ -524,7 +583,7 @@ def train(args, processes, requests):
                 tqdm.write(f"{complaint}; the next image stands in", file=sys.stderr)
             complaints += new_complaints
 
-            views, boxes = colour(batch, photometric, device)
+            views, boxes, mask = colour(batch, photometric, device)
             if step == 0 and micro_step == 0 and main_process:
                 draw_views(output / "views.png", [v[:, :4].cpu() for v in views], boxes[:, :4].cpu(), (args.overlap_global, args.overlap_local))
 
@@ -534,16 +593,16 @@ def train(args, processes, requests):
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     with torch.no_grad():
                         taught = teacher(views[:1])
-                    learned = network(views)
-                l_i = dino(learned.embedding, taught.embedding, teacher_temp[epoch]) if args.li_weight else boxes.new_zeros(())
-                l_p, l_c = sere(taught, learned, boxes)
+                    learned = network(views, mask)
+                l_i = embedding_loss(learned.embedding, taught.embedding, teacher_temp[epoch], boxes, mask)
+                l_p, l_c = relation_loss(taught, learned, boxes)
                 loss = args.li_weight * l_i + args.alpha * l_p + args.beta * l_c    # Eq. 6
                 scaler.scale(loss / args.grad_accum_steps).backward()
             terms = terms + torch.stack([loss, l_i, l_p, l_c]).detach() / args.grad_accum_steps
 
         scaler.unscale_(optimizer)
-        if epoch < args.freeze_last_layer and student.head:
-            for parameter in student.head.last_layer.parameters():
+        if epoch < args.freeze_last_layer:
+            for parameter in last_layer:
                 parameter.grad = None
         if args.clip_grad:
             clip_gradients(student.parameters(), args.clip_grad)
@@ -551,8 +610,7 @@ def train(args, processes, requests):
         scaler.update()
         optimizer.zero_grad()
         update_teacher(student, teacher, momentum[step])
-        if args.li_weight:
-            dino.update_center()
+        embedding_loss.update_center()
         history.append(terms)
         step += 1
         bar.update()
@@ -563,7 +621,7 @@ def train(args, processes, requests):
         saves = epoch_ends or stopping or step == last_step or (args.checkpoint_steps and step % args.checkpoint_steps == 0)
         if not (logs or saves):
             continue
-        values = processes.mean(torch.stack(history)).double().cpu()    # (steps, TERMS); waits for the GPU, nothing above does
+        values = average_over_processes(torch.stack(history)).double().cpu()    # (steps, TERMS); waits for the GPU, nothing above does
         check_finite(values, step)
         epoch_sums = [total + value for total, value in zip(epoch_sums, values.sum(dim=0).tolist())]
         history.clear()
@@ -572,12 +630,13 @@ def train(args, processes, requests):
             seconds = time.perf_counter() - window_start
             images_per_s = (step - window_step) * effective_batch / seconds
             unreadable = processes.sum(len(complaints))
+            looked = diagnostics(taught, boxes, relation_loss) | embedding_loss.diagnostics(taught.embedding, teacher_temp[epoch])
             if main_process:
                 log.write(
-                    kind="step", step=step, epoch=step / steps_per_epoch, **terms, lr=optimizer.param_groups[0]["lr"], teacher_temp=teacher_temp[epoch],
+                    kind="step", step=step, epoch=step / steps_per_epoch, **terms, lr=optimizer.param_groups[0]["lr"],
                     images_per_s=images_per_s, data_wait=waited / seconds, unreadable=unreadable,
                     peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-                    **diagnostics(taught, boxes, dino, sere, teacher_temp[epoch]),
+                    **looked,
                 )
             bar.set_postfix({name: f"{value:.3f}" for name, value in terms.items()} | {"images/s": f"{images_per_s:.0f}"})
             complaints.clear()
@@ -593,7 +652,7 @@ def train(args, processes, requests):
     if stopping:
         say(f"stopped by {signal.Signals(requests[0]).name if requests else 'a signal'} after step {step} of {steps}; the same command goes on from there")
         return
-    if main_process:
+    if main_process and hasattr(teacher.backbone, "get_last_selfattention"):    # a ResNet has none
         draw_attention_of(images if val is None else val, teacher.backbone, args.global_crops_size, device, output / "attention.png")
     if step < steps:
         say(f"stopped at step {step} of {steps}, as --max_steps {args.max_steps} says; the same command with a larger one, or without, goes on")
