@@ -29,7 +29,7 @@ def spatial_relation(features, heads, temperature=1.0):
         possible = [m for m in range(1, C + 1) if C % m == 0]
         raise ValueError(f"{C} channels can't be split into {heads} relation heads; possible: {possible}")
     p = features.reshape(B, heads, C // heads, N)
-    return p.mT @ p / (math.sqrt(C // heads) * temperature)    # (B, M, N, N)
+    return (p / (math.sqrt(C // heads) * temperature)).mT @ p    # (B, M, N, N)
 
 
 def channel_relation(features, temperature=1.0):
@@ -37,7 +37,7 @@ def channel_relation(features, temperature=1.0):
 
     features: (B, C, N). Returns logits (B, C, C).
     """
-    return features @ features.mT / (features.shape[-1] * temperature)    # (B, C, C)
+    return (features / (features.shape[-1] * temperature)) @ features.mT    # (B, C, C); scaled first, as C x C is larger
 
 
 def cross_entropy(targets, logits):

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torchvision.models import resnet50
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import roi_align
 from torchvision.transforms import v2
 
@@ -67,7 +69,8 @@ VARIANTS = {
     "ibot": "--recipe ibot",
     "ibot-b": "--recipe ibot-b",
     "mocov3": "--recipe mocov3 --local_crops_number 0",
-    "resnet50": "--recipe resnet50 --arch resnet50 --patch_size 32 --global_crops_size 64 --local_crops_size 32 --overlap_global 2 --overlap_local 2",
+    "resnet50": "--recipe resnet50 --arch resnet50 --patch_size 32 --global_crops_size 96 --local_crops_size 64 --overlap_global 3 --overlap_local 2"
+        " --local_crops_number 1 --batch_size_per_gpu 2",    # an A_c of 2048 x 2048 a view and image
     "ibot, own head": "--recipe ibot --no-shared_head --patch_out_dim 24",
     "mocov3, local views": "--recipe mocov3",
     "dino+": "--baseline dino+ --patch_out_dim 24",
@@ -254,16 +257,17 @@ def views_of_relations(B=5, C=12, locals=3):
     return teacher, student, boxes
 
 
-def plain_loss(loss, teacher, student, boxes):
-    """Eq. 3 and 5 pair by pair, each from the plain functions; and how many pairs went into each."""
+def plain_loss(loss, teacher, student, boxes, over_batch=False):
+    """Eq. 3 and 5 pair by pair, each from the plain functions; and how many pairs went into each. over_batch: L_c as in Table 11."""
     student = [view for resolution in student for view in resolution]
     l_p, l_c = [], []
     for q in range(2):
         for v in range(len(student)):
             if v == q:
                 continue
+            c1, c2 = (torch.cat(list(c), dim=-1)[None] if over_batch else c for c in (teacher[0][q], student[v]))
             l_c.append(relations.relation_cross_entropy(
-                relations.channel_relation(teacher[0][q], loss.teacher_temperatures[1]), relations.channel_relation(student[v], loss.student_temperatures[1])))
+                relations.channel_relation(c1, loss.teacher_temperatures[1]), relations.channel_relation(c2, loss.student_temperatures[1])))
             region, valid = sampler.overlap(boxes[q], boxes[v])
             size = loss.overlap_global if v < 2 else loss.overlap_local
             for b in valid.nonzero().flatten().tolist():
@@ -386,6 +390,52 @@ def test_parameters_follow_dinos_distributions():
         share(orders[:, 3] == position, 0.25)    # hue comes anywhere
 
 
+def test_block_masks_cover_the_share_asked_for_and_no_more():
+    mask, N = augment.BlockMask(14, (0.0, 0.3), (0.0, 0.2)), 14**2
+    shares = torch.tensor([mask().float().mean() for _ in range(600)])
+    none = (shares == 0).float().mean()
+    assert abs(none - 0.5) < 0.09    # four standard deviations of a fair coin
+    some = shares[shares > 0]
+    assert some.max() <= 0.5 and some.min() > 0.02
+    # uniform in [0.1, 0.5], less what is left when no further rectangle fits
+    assert abs(some.mean() - 0.3) < 0.04 and 0.09 < some.std() < 0.14
+    assert not augment.BlockMask(14, [0.0], [0.0])().any()
+    for share in (0.1, 0.3, 0.7):
+        exact = torch.tensor([augment.BlockMask(14, [share], [0.0])().float().mean() for _ in range(50)])
+        assert exact.max() <= share and exact.mean() > share - 0.05
+    assert augment.BlockMask(4, [0.5], [0.0])().sum() <= 8
+
+
+def test_block_masks_are_made_of_rectangles():
+    block = augment.BlockMask(14)
+    for budget in (98.0, 30.0, 17.0):
+        aspects = []
+        for _ in range(100):
+            mask = np.zeros((14, 14), dtype=bool)
+            covered = block._cover(mask, budget)
+            if not covered:
+                continue
+            rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
+            height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+            assert covered == mask.sum() == height * width <= budget and height * width >= 0.7 * 16    # an area of 16 and more, rounded to whole patches
+            aspects.append(math.log(height / width))
+        assert len(aspects) > 80 and max(map(abs, aspects)) < math.log(1 / 0.3) + 0.4 and min(aspects) < -0.5 and max(aspects) > 0.5
+    full = np.ones((14, 14), dtype=bool)
+    assert block._cover(full, 50.0) == 0    # nothing left to cover
+
+
+def test_masks_are_a_function_of_the_seed_and_change_nothing_else():
+    image = picture()
+    plain, masked = (augment.MultiCrop(32, (0.4, 1.0), 2, 16, (0.1, 0.4), mask) for mask in (None, augment.BlockMask(4, [0.4], [0.1])))
+    a, b, c = plain(image, (0, 1, 2)), masked(image, (0, 1, 2)), masked(image, (0, 1, 2))
+    assert a.mask is None and b.mask.shape == (2, 16) and b.mask.dtype == torch.bool
+    assert torch.equal(a.rows, b.rows) and all(torch.equal(x, y) for x, y in zip(a.crops, b.crops)) and torch.equal(b.mask, c.mask)
+    many = torch.stack([masked(image, (0, 1, i)).mask for i in range(20)])
+    assert len({tuple(m.flatten().tolist()) for m in many}) > 15 and not torch.equal(many[:, 0], many[:, 1])    # its own for each image and view
+    batch, _ = augment.collate([(b, []), (masked(image, (0, 1, 3)), [])])
+    assert batch.mask.shape == (2, 2, 16) and torch.equal(batch.mask[:, 0], b.mask)
+
+
 def row(**values):
     """A row that changes nothing but what is named."""
     r = torch.zeros(augment.ROW)
@@ -455,20 +505,101 @@ def test_blur_is_a_gaussian():
 # --- baselines --------------------------------------------------------------------------------------------------------
 
 
-def test_dino_loss_equals_a_loop_over_pairs_of_different_views():
-    V, G, B, K, teacher_temp = 5, 2, 3, 7, 0.04
-    loss = baselines.DINOLoss(K, student_temp=0.1)
-    loss.center.normal_(std=0.1)
-    student, teacher = torch.randn(V, B, K, requires_grad=True), torch.randn(G, B, K, requires_grad=True)
-    pairs = [(q, v) for q in range(G) for v in range(V) if q != v]
-    expected = sum(
-        F.cross_entropy(student[v] / 0.1, ((teacher[q].detach() - loss.center) / teacher_temp).softmax(dim=-1)) for q, v in pairs) / len(pairs)
-    value = loss(student, teacher, teacher_temp)
-    assert len(pairs) == 8
-    close(value, expected)
-    close(*(torch.autograd.grad(x, student, retain_graph=True)[0] for x in (value, expected)))
-    value.backward()
-    assert teacher.grad is None
+def assigned(outputs, center, temp):
+    return ((outputs.detach() - center) / temp).softmax(dim=-1)
+
+
+def plain_dino(student, teacher, center, temp):
+    """DINO's loss, pair by pair: student (V, B, K), teacher (G, B, K)."""
+    pairs = [(q, v) for q in range(len(teacher)) for v in range(len(student)) if q != v]
+    return sum(F.cross_entropy(student[v] / 0.1, assigned(teacher[q], center, temp)) for q, v in pairs) / len(pairs)
+
+
+def plain_ibot(student, teacher, centers, temps, mask):
+    """iBOT's: the above on class tokens, and the mean over the masked patches of each view, patch by patch."""
+    total = 0.0
+    for g, b in np.ndindex(*mask.shape[:2]):
+        terms = [F.cross_entropy(student.patches[0][g, b, n] / 0.1, assigned(teacher.patches[0][g, b, n], centers[1], temps[1])) for n in mask[g, b].nonzero().flatten()]
+        total = total + sum(terms) / max(len(terms), 1)
+    return plain_dino(student.summary, teacher.summary, centers[0], temps[0]) + total / (mask.shape[0] * mask.shape[1])
+
+
+def plain_moco(student, teacher, temperature):
+    """MoCo v3's: for each of the two directions, each query among all keys of the other view."""
+    total, pairs = 0.0, 0
+    for q in range(len(teacher)):
+        for v in range(len(student)):
+            if v != q:
+                losses = []
+                for i in range(student.shape[1]):
+                    similar = torch.stack([F.cosine_similarity(student[v, i], key.detach(), dim=0) for key in teacher[q]]) / temperature
+                    losses.append(similar.logsumexp(dim=0) - similar[i])
+                total, pairs = total + 2 * temperature * sum(losses) / len(losses), pairs + 1
+    return total * 2 / pairs    # two directions
+
+
+def plain_dino_plus(student, teacher, centers, temps, boxes, sizes):
+    """DINO's on class tokens, and on patch tokens at the centres of the overlap's cells, image by image."""
+    views = [view for resolution in student.patches for view in resolution]    # (B, N, K)
+    losses = []
+    for q in range(2):
+        for v in range(len(views)):
+            region, valid = sampler.overlap(boxes[q], boxes[v])
+            for b in valid.nonzero().flatten().tolist() if q != v else []:
+                one, size = slice(b, b + 1), sizes[0] if v < 2 else sizes[1]
+                maps = [x[one].mT.unflatten(-1, (math.isqrt(x.shape[1]), -1)) for x in (teacher.patches[0][q], views[v])]
+                o1, o2 = (sampler.region_align(m, boxes[i][one], region[one], size)[0].T for m, i in zip(maps, (q, v)))    # (S * S, K)
+                losses.append(F.cross_entropy(o2 / 0.1, assigned(o1, centers[1], temps[1])))
+    return plain_dino(student.summary, teacher.summary, centers[0], temps[0]) + torch.stack(losses).mean()
+
+
+def plain_terms(args, taught, learned, boxes, mask, centers=(0.0, 0.0), moco_temperature=0.2):
+    """L_I, L_p and L_c of a command line's first epoch, from slow loops alone."""
+    temps = args.warmup_teacher_temp, args.warmup_teacher_patch_temp
+    l_i = {
+        "dino": lambda: plain_dino(learned.embedding, taught.embedding, centers[0], temps[0]),
+        "ibot": lambda: plain_ibot(learned.embedding, taught.embedding, centers, temps, mask),
+        "mocov3": lambda: plain_moco(learned.embedding, taught.embedding, moco_temperature),
+        "dino+": lambda: plain_dino_plus(learned.embedding, taught.embedding, centers, temps, boxes, (args.overlap_global, args.overlap_local)),
+    }[args.baseline]()
+    both = (args.temperature_spatial, args.temperature_channel)
+    settings = argparse.Namespace(
+        heads=args.relation_heads, overlap_global=args.overlap_global, overlap_local=args.overlap_local,
+        teacher_temperatures=both if args.sharpen == "teacher" else (1.0, 1.0), student_temperatures=both if args.sharpen == "student" else (1.0, 1.0))
+    l_p = plain_loss(settings, taught.spatial, learned.spatial, boxes)[0]
+    l_c = plain_loss(settings, taught.channel, learned.channel, boxes, over_batch=args.channel_relation == "batch")[1]
+    return torch.stack([l_i, l_p, l_c])
+
+
+@pytest.mark.parametrize("flags", [flags for name, flags in VARIANTS.items() if name != "resnet50"], ids=" ".join)    # its losses are DINO's
+def test_losses_of_every_recipe_equal_slow_loops(flags):
+    """Values, and gradients to the student's outputs; none reaches the teacher's."""
+    args, baseline, student, teacher = networks(flags)
+    views, boxes, mask = random_views(args, baseline)
+    if mask is not None:
+        mask[0, 0] = False    # a view without masks
+    centers = [torch.zeros(())] * 2
+    for i, assignment in enumerate(m for m in baseline.loss.modules() if isinstance(m, baselines.Assignment)):
+        centers[i] = assignment.center.normal_(std=0.1)
+    with torch.no_grad():
+        taught = teacher(views[:1])
+    learned = student(views, mask)
+    outputs = [x.requires_grad_() for x in tensors(learned[1:])]    # but the summary, on which embedding depends
+    l_i = baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes, mask)
+    ours, plain = torch.stack([l_i, *train.build_relation_loss(args)(taught, learned, boxes)]), plain_terms(args, taught, learned, boxes, mask, centers)
+    close(ours, plain)
+    for a, b in zip(*(torch.autograd.grad(terms.sum(), outputs, retain_graph=True) for terms in (ours, plain))):
+        close(a, b, rtol=1e-3, atol=1e-6 * float(b.abs().max()) + 1e-8)
+    leaves = tensors(taught)
+    for x in leaves:
+        x.requires_grad_()
+    again = [baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes, mask), *train.build_relation_loss(args)(taught, learned, boxes)]
+    assert torch.autograd.grad(sum(again), leaves, allow_unused=True) == (None,) * len(leaves)
+
+
+def tensors(x):
+    """All tensors in nested tuples and lists."""
+    return [x] if isinstance(x, torch.Tensor) else [t for part in x for t in tensors(part)]
 
 
 def test_dino_centre_by_hand_once_a_step():
@@ -490,6 +621,66 @@ def test_dino_head_gives_cosines_and_is_the_paper_s_shape():
     close(head(x), F.cosine_similarity(bottleneck[:, None], head.last_layer.weight[None], dim=-1))
     assert [tuple(p.shape) for p in head.parameters()] == [(2048, 12), (2048,), (2048, 2048), (2048,), (256, 2048), (256,), (9, 256), (9,)]
     assert not head.last_layer.scale.requires_grad and baselines.DINOHead(12, 9, norm_last_layer=False).last_layer.scale.requires_grad
+
+
+def test_ibot_centres_class_and_patch_tokens_apart_over_all_teacher_patches():
+    loss, (summary, patches) = baselines.IBOTLoss(4, 5), (torch.randn(2, 3, 4), torch.randn(2, 3, 7, 5))
+    student = baselines.IBOTOutput(torch.randn(3, 3, 4), [torch.randn(2, 3, 7, 5)])
+    mask = torch.zeros(2, 3, 7, dtype=torch.bool)
+    value = loss(student, baselines.IBOTOutput(summary, [patches]), torch.tensor([0.04, 0.07]), mask=mask)
+    close(value, plain_dino(student.summary, summary, torch.zeros(4), 0.04))    # nothing masked
+    loss.update_center()
+    close(loss.center, 0.1 * summary.mean(dim=(0, 1)))
+    close(loss.patches.center, 0.1 * patches.mean(dim=(0, 1, 2)))
+    assert set(loss.state_dict()) == {"center", "patches.center"}
+
+
+def test_ibot_head_is_shared_but_for_the_last_layer_if_asked():
+    summary, patches = torch.randn(3, 2, 12), [torch.randn(2, 2, 5, 12)]
+    for patch_out_dim in (None, 7):
+        head = baselines.IBOTHead(12, 9, patch_out_dim=patch_out_dim)
+        out, layer = head(summary, patches), head.patch_last_layer if patch_out_dim else head.last_layer
+        close(out.summary, F.cosine_similarity(head.mlp(summary)[..., None, :], head.last_layer.weight, dim=-1))
+        close(out.patches[0], F.cosine_similarity(head.mlp(patches[0])[..., None, :], layer.weight, dim=-1))
+
+
+def test_moco_head_is_moco_v3s():
+    """Projector of 3 and predictor of 2 layers without biases, batch norm after each, without scale and shift after the last; statistics of one view."""
+    head, x = baselines.MoCoHead(12, 8, hidden_dim=16), torch.randn(2, 6, 12)
+    shapes = {name: tuple(p.shape) for name, p in head.named_parameters()}
+    assert shapes == {
+        "projector.0.weight": (16, 12), "projector.1.weight": (16,), "projector.1.bias": (16,), "projector.3.weight": (16, 16), "projector.4.weight": (16,),
+        "projector.4.bias": (16,), "projector.6.weight": (8, 16), "predictor.0.weight": (16, 8), "predictor.1.weight": (16,), "predictor.1.bias": (16,),
+        "predictor.3.weight": (8, 16)}
+    assert not list(head.buffers()) and not list(baselines.MoCoHead(12, 8, predictor=False).predictor.parameters())
+    w = dict(head.named_parameters())
+    for view, out in zip(x, head(x)):
+        y = F.relu(F.batch_norm(view @ w["projector.0.weight"].T, None, None, training=True))
+        y = F.relu(F.batch_norm(y @ w["projector.3.weight"].T, None, None, training=True))
+        y = F.batch_norm(y @ w["projector.6.weight"].T, None, None, training=True)
+        y = F.relu(F.batch_norm(y @ w["predictor.0.weight"].T, None, None, training=True))
+        close(out, F.batch_norm(y @ w["predictor.3.weight"].T, None, None, training=True), atol=1e-5)
+    assert [tuple(p.shape) for p in baselines.MoCoHead(12).parameters() if p.ndim > 1] == [(4096, 12), (4096, 4096), (256, 4096), (4096, 256), (256, 4096)]
+
+
+# --- ablations --------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_of_one_image_has_its_own_relation():
+    """Then Table 11's relation over the batch is Eq. 4; of several images it is the mean of theirs, before the softmax."""
+    c = torch.rand(4, 6, 9)
+    close(ablations.BatchRelationLoss.channel_relation(c[:1], 0.1), relations.channel_relation(c[:1], 0.1))
+    close(ablations.BatchRelationLoss.channel_relation(c, 0.1), relations.channel_relation(c, 0.1).mean(dim=0, keepdim=True))
+
+
+def test_dino_plus_of_identical_views_is_the_entropy_of_their_assignment():
+    """Matched through ⊙ the views agree place by place, whatever is mirrored."""
+    outputs, boxes = torch.randn(1, 3, 16, 5), random_boxes(3)[None].repeat(2, 1, 1)
+    boxes[1, :, 4] = 1 - boxes[0, :, 4]
+    mirrored = torch.stack([outputs[0], outputs[0].unflatten(1, (4, 4)).flip(2).flatten(1, 2)])    # (2, B, N, K)
+    loss = ablations.DINOPlusLoss(5, 5, overlap_global=4, student_temp=0.1)
+    value = loss.patch_loss([mirrored], [mirrored], 0.1, boxes, None)
+    close(value, torch.special.entr((outputs / 0.1).softmax(dim=-1)).sum(dim=-1).mean(), rtol=1e-4)    # cells are the patches themselves
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
@@ -551,6 +742,48 @@ def test_parameter_names_and_shapes_are_timms():
     assert set(state) == {*names, *(f"blocks.{i}.{name}" for i in range(12) for name in block)}
     assert sum(v.numel() for v in state.values()) == 21_665_664    # as DINO counts ViT-S/16
     assert state["patch_embed.proj.weight"].shape == (384, 3, 16, 16) and state["pos_embed"].shape == (1, 197, 384)
+
+
+def test_a_masked_patch_is_not_seen():
+    vit, images, mask = tiny_vit(masked=True), torch.randn(2, 3, 32, 32), torch.zeros(2, 16, dtype=torch.bool)
+    nn.init.normal_(vit.masked_embed)
+    mask[0, 5], mask[1, 2] = True, True
+    tokens, other = vit(images, mask), images.clone()
+    other[0, :, 8:16, 8:16] += 1    # patch 5: second row, second column
+    assert torch.equal(vit(other, mask), tokens) and not torch.equal(vit(other), vit(images))
+    assert torch.equal(vit(images, torch.zeros_like(mask)), vit(images)) and not torch.equal(tokens, vit(images))
+    assert torch.autograd.grad(tokens.sum(), vit.masked_embed)[0].abs().sum() > 0
+    embedded = vit._embed(images, mask)
+    close(embedded[0, 1 + 5], vit.masked_embed[0] + vit.pos_embed[0, 1 + 5])    # its place is known
+    assert not hasattr(tiny_vit(), "masked_embed") and set(vit.state_dict()) - set(tiny_vit().state_dict()) == {"masked_embed"}
+
+
+def test_the_students_global_views_alone_are_masked():
+    args, baseline, student, teacher = networks(VARIANTS["ibot"])
+    views, _, mask = random_views(args, baseline)
+    out, unmasked = student(views, mask), student(views)
+    nn.init.normal_(student.backbone.masked_embed)
+    changed = student(views, mask)
+    assert torch.equal(student(views).embedding.summary, unmasked.embedding.summary)
+    assert torch.equal(changed.embedding.summary[2:], unmasked.embedding.summary[2:]) and not torch.equal(changed.embedding.summary[:2], out.embedding.summary[:2])
+    tokens = student.backbone(views[0].flatten(0, 1), mask.flatten(0, 1))    # and relations are those of the masked views, as in the release
+    close(changed.spatial[0].flatten(0, 1), student.spatial[0](tokens[:, 1:].mT), atol=1e-5)
+    close(changed.embedding.patches[0].flatten(0, 1), student.head.last_layer(student.head.bottleneck(student.backbone.norm(tokens[:, 1:]))), atol=1e-5)
+
+
+def test_resnet50_is_torchvisions_without_its_classifier():
+    ours, theirs = model.build_encoder("resnet50", 64).eval(), resnet50().eval()
+    missing = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
+    theirs.fc = nn.Identity()
+    images = torch.randn(2, 3, 64, 96)
+    tokens = ours(images)
+    assert tokens.shape == (2, 1 + 2 * 3, 2048)
+    close(tokens[:, 0], theirs(images), atol=1e-5)    # average pool
+    close(tokens[:, 1:].mT.unflatten(-1, (2, 3)), create_feature_extractor(theirs, ["layer4"])(images)["layer4"], atol=1e-5)
+    assert torch.equal(ours.norm(tokens), tokens) and torch.equal(ours.get_intermediate_layers(images, 1)[0], tokens)
+    with pytest.raises(ValueError, match="no mask"):
+        ours(images, torch.zeros(2, 6, dtype=torch.bool))
 
 
 def test_stochastic_depth_skips_branches_of_single_samples():
@@ -1120,6 +1353,14 @@ def test_resuming_in_mid_epoch_changes_nothing(folder, uninterrupted, tmp_path, 
     same_run(tmp_path, uninterrupted)
 
 
+def test_a_run_of_another_version_is_not_resumed(folder, tmp_path, capsys):
+    run(folder, tmp_path, "--max_steps", 1)
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    del checkpoint["arguments"]["baseline"]
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
+    assert "was written by another version of train.py" in fails(capsys, folder, tmp_path)
+
+
 def test_other_training_arguments_for_the_same_folder_are_an_error(folder, tmp_path, capsys):
     output, images = tmp_path / "run", image_folder(tmp_path / "images", 8, 2)
     run(images, output, "--max_steps", 1)
@@ -1286,6 +1527,81 @@ def test_three_epochs_step_by_step_by_hand(folder, tmp_path, monkeypatch):
     assert len(evaluated) == 3 and all(torch.equal(value, checkpoint["teacher"][f"backbone.{name}"]) for name, value in evaluated[-1].items())
 
 
+def recipe_settings(flags):
+    """Flags with no two settings alike, so that one in another's place shows."""
+    flags = [*flags, *"""--temperature_spatial 0.4 --temperature_channel 0.2 --alpha 0.3 --beta 0.7 --li_weight 0.2 --warmup_teacher_temp 0.03
+        --warmup_teacher_patch_temp 0.05 --drop_path_rate 0 --pred_ratio 0.5 --pred_ratio_var 0.1 --moco_t 0.3 --sharpen student""".split()]
+    return flags + ([] if "resnet50" in flags else "--relation_heads 3 --overlap_global 5 --overlap_local 3".split())
+
+
+@pytest.mark.parametrize("flags", VARIANTS.values(), ids=" ".join)
+def test_every_recipe_trains_as_its_flags_say_and_resumes(flags, folder, tmp_path):
+    """The first step's terms against slow loops on the same images; then three steps at once against two and one, with and without kNN."""
+    flags = recipe_settings(flags)
+    run(folder, tmp_path / "whole", *flags, "--max_steps", 3)
+    run(folder, tmp_path / "parts", *flags, "--max_steps", 2, "--knn_every", 0)
+    run(folder, tmp_path / "parts", *flags, "--max_steps", 3, "--knn_every", 0)
+    assert (tmp_path / "whole/backbone.pth").read_bytes() == (tmp_path / "parts/backbone.pth").read_bytes()
+    logged = losses(tmp_path / "whole")[0]
+    assert logged == losses(tmp_path / "parts")[0] and set(losses(tmp_path / "whole")[1]) == {0}
+    for loss, l_i, l_p, l_c in logged.values():
+        assert loss == pytest.approx(0.2 * l_i + 0.3 * l_p + 0.7 * l_c)
+    assert (tmp_path / "whole/attention.png").exists() == ("resnet50" not in flags)
+    encoder = model.load_encoder(tmp_path / "whole/checkpoint.pth")    # what was trained can be evaluated
+    teacher = torch.load(tmp_path / "whole/backbone.pth", weights_only=True)
+    assert all(torch.equal(value, teacher[name]) for name, value in encoder.state_dict().items())
+
+    args = train.parse_args([*SMALL, "--data_path", str(folder), *flags])
+    torch.manual_seed(0)
+    student, teacher = train.build_networks(args, train.build_baseline(args))
+    mask = augment.BlockMask(4, [0.5], [0.1]) if args.baseline == "ibot" else None
+    multicrop = augment.MultiCrop(args.global_crops_size, args.global_crops_scale, args.local_crops_number, args.local_crops_size, args.local_crops_scale, mask)
+    images, keys = data.build_dataset(folder, "train"), take(data.Batches(16, args.batch_size_per_gpu, 1, 0, 1, seed=0), 1)[0]
+    batch = augment.collate([(multicrop(images[index][0], (0, epoch, index)), []) for epoch, index in keys])[0]
+    views, boxes, mask = train.colour(batch, augment.Photometric(), torch.device("cpu"))
+    terms = plain_terms(args, teacher(views[:1]), student(views, mask), boxes, mask, moco_temperature=0.3)
+    assert logged[1][1:] == pytest.approx(terms.tolist(), rel=1e-3)
+
+
+def test_recipes_have_their_papers_settings():
+    """Beside the text: iBOT's and MoCo v3's own releases, the authors' release, DINO's README for ResNet-50."""
+    def settings(recipe, **expected):
+        args = train.parse_args(["--recipe", recipe, "--data_path", "x"])
+        assert {name: getattr(args, name) for name in expected} == expected
+        assert train.build_baseline(args).teacher_temp[-1].tolist() == pytest.approx(([0.07, 0.07] if "ibot" in recipe else 0.04))
+
+    ibot = dict(
+        baseline="ibot", alpha=0.2, beta=0.5, li_weight=1.0, out_dim=8192, shared_head=True, teacher_temp=0.07, teacher_patch_temp=0.07, warmup_teacher_temp=0.04,
+        warmup_teacher_patch_temp=0.04, pred_ratio=[0.0, 0.3], pred_ratio_var=[0.0, 0.2], local_crops_number=10, clip_grad=0.3, epochs=100, warmup_epochs=10,
+        batch_size_per_gpu=128, optimizer="adamw", drop_path_rate=0.1)
+    settings("ibot", **ibot, arch="vit_small", norm_last_layer=False, warmup_teacher_temp_epochs=30, freeze_last_layer=1, lr=0.0005, min_lr=1e-6,
+             global_crops_scale=[0.4, 1.0], local_crops_scale=[0.05, 0.4])
+    settings("ibot-b", **ibot, arch="vit_base", norm_last_layer=True, warmup_teacher_temp_epochs=50, freeze_last_layer=3, lr=0.00075, min_lr=2e-6,
+             global_crops_scale=[0.32, 1.0], local_crops_scale=[0.05, 0.32])
+    settings("mocov3", baseline="mocov3", moco_t=0.2, out_dim=256, momentum_teacher=0.99, local_crops_number=0, lr=0.00015, weight_decay=0.1, weight_decay_end=0.1,
+             warmup_epochs=40, stop_grad_conv1=True, clip_grad=0.0, global_crops_scale=[0.08, 1.0], alpha=1.0, beta=1.0)
+    settings("resnet50", baseline="dino", arch="resnet50", optimizer="sgd", lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4, global_crops_scale=[0.14, 1.0],
+             local_crops_scale=[0.05, 0.14], relation_heads=8, alpha=1.0, beta=1.0)
+
+
+def test_teacher_temperatures_warm_up_by_epoch():
+    temps = train.build_baseline(train.parse_args([*SMALL, "--data_path", "x", "--recipe", "ibot", "--epochs", "6", "--warmup_teacher_temp_epochs", "4",
+                                                   "--teacher_temp", "0.07", "--warmup_teacher_patch_temp", "0.02", "--teacher_patch_temp", "0.05"])).teacher_temp
+    close(temps, torch.tensor([[0.04, 0.02], [0.05, 0.03], [0.06, 0.04], [0.07, 0.05], [0.07, 0.05], [0.07, 0.05]]))
+
+
+def test_a_fixed_patch_projection_stays_as_drawn(folder, tmp_path):
+    _, _, student, _ = networks(["--recipe", "mocov3"])
+    drawn = student.backbone.patch_embed.proj.weight
+    bound = math.sqrt(6 / (3 * 8 * 8 + 96))    # xavier: its scale matters as it stays
+    assert 0.95 * bound < drawn.abs().max() <= bound
+    run(folder, tmp_path, "--recipe", "mocov3", "--max_steps", 1)
+    first = torch.load(tmp_path / "backbone.pth", weights_only=True)
+    run(folder, tmp_path, "--recipe", "mocov3", "--max_steps", 6)
+    later = torch.load(tmp_path / "backbone.pth", weights_only=True)
+    assert torch.equal(first["patch_embed.proj.weight"], later["patch_embed.proj.weight"]) and not torch.equal(first["cls_token"], later["cls_token"])
+
+
 def test_the_last_layer_is_frozen_in_the_first_epoch(folder, tmp_path):
     weights = []
     for steps in (1, 4, 5):
@@ -1316,6 +1632,12 @@ def test_unreadable_images_are_counted_in_the_log(tmp_path, capsys):
     ("--teacher_temp 0", "--teacher_temp must be above 0"),
     ("--drop_path_rate 1", "--drop_path_rate must lie in [0, 1)"),
     ("--lr nan", "--lr can't be negative"),
+    ("--recipe ibot --pred_ratio 0.3", "--pred_ratio and --pred_ratio_var must be equally many, not 1 and 2"),
+    ("--recipe ibot --pred_ratio 0 0.3 --pred_ratio_var 0 0.4", "--pred_ratio 0.3 plus or minus --pred_ratio_var 0.4 must lie in [0, 1)"),
+    ("--recipe resnet50 --arch resnet50", "--arch resnet50 needs --patch_size 32"),
+    ("--arch resnet50 --patch_size 32 --local_crops_size 32 --global_crops_size 64", "no patch projection, stochastic depth or masks"),
+    ("--recipe resnet50 --arch resnet50 --patch_size 32 --global_crops_size 64 --local_crops_size 32 --relation_heads 6", "2048 channels can't be split into 6 relation heads; possible: [1, 2, 4, 8, 16"),
+    ("--moco_t 0", "--moco_t must be above 0"),
     ("--warmup_teacher_temp_epochs -1", "--warmup_teacher_temp_epochs can't be negative"),
     ("--recipe nonsense", "invalid choice: 'nonsense'"),
     ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
@@ -1382,12 +1704,12 @@ def test_killed_at_any_moment_and_run_again_it_ends_the_same(folder, uninterrupt
 
 
 def gradients_of_a_step(flags, rank=0, processes=1):
-    """Losses, gradients, and what the loss and the batch norms keep, of one step on a fixed batch of 6 images, of which a process takes its share."""
+    """Losses, gradients, and what the loss and the batch norms keep, of one step on a fixed batch of 4 images, of which a process takes its share."""
     torch.manual_seed(1)
     args, baseline, student, teacher = networks(flags)
-    views, boxes, mask = random_views(args, baseline, B=6)
+    views, boxes, mask = random_views(args, baseline, B=4)
     boxes[2:, :2, :4], boxes[:2, :2, :4] = torch.tensor([0.0, 0.0, 0.2, 0.2]), torch.tensor([0.3, 0.3, 1.0, 1.0])    # processes with unequally many pairs that overlap
-    share = slice(rank * 6 // processes, (rank + 1) * 6 // processes)
+    share = slice(rank * 4 // processes, (rank + 1) * 4 // processes)
     views, boxes, mask = [v[:, share] for v in views], boxes[:, share], None if mask is None else mask[:, share]
     network = student
     if processes > 1:
@@ -1434,11 +1756,12 @@ def test_two_processes_of_B_equal_one_of_2B(folder, tmp_path):
         assert gradients.keys() == expected.keys() and kept.keys() == expected_kept.keys()
         for part in expected_kept:
             close(kept[part], expected_kept[part], rtol=1e-4, atol=1e-5)
-        # Sums over all patches in another order. In a ResNet's last stages a batch norm sees but 24 values, and 1 % of its gradients
+        # Sums over all patches in another order. In a ResNet's last stages a batch norm sees but 16 values, and 1 % of its gradients
         # is rounding: as much as between this batch norm and torch's in one process.
-        tolerance = 0.05 if name == "resnet50" else 1e-3
+        # And what comes before a batch norm has biases whose gradient is rounding alone.
+        tolerance, rounding = 0.05 if name == "resnet50" else 1e-3, 1e-5 * max(g.norm() for g in expected.values())
         for part in expected:
-            assert (gradients[part] - expected[part]).norm() <= tolerance * expected[part].norm() + 1e-6, (name, part)
+            assert (gradients[part] - expected[part]).norm() <= tolerance * expected[part].norm() + rounding, (name, part)
     assert expected_kept.keys() == {"center"}
 
     train.main([*flags, "--output_dir", str(tmp_path / "one"), "--batch_size_per_gpu", "8"])
