@@ -45,7 +45,7 @@ def cross_entropy(targets, logits):
 
     targets need not sum to 1: cross-entropy is linear in its target, so those of several teachers may be added up.
     """
-    return -(targets * logits.log_softmax(dim=-1)).sum(dim=-1)
+    return -(targets * logits.log_softmax(dim=-1, dtype=torch.float32)).sum(dim=-1)
 
 
 def relation_cross_entropy(teacher_logits, student_logits):
@@ -53,7 +53,7 @@ def relation_cross_entropy(teacher_logits, student_logits):
 
     Both logits: (B, ..., N, N). Returns (B,). No gradient reaches the teacher (G).
     """
-    return cross_entropy(teacher_logits.detach().softmax(dim=-1), student_logits).flatten(1).mean(dim=1)
+    return cross_entropy(teacher_logits.detach().softmax(dim=-1, dtype=torch.float32), student_logits).flatten(1).mean(dim=1)
 
 
 def mean_over_pairs(targets, logits):
@@ -164,7 +164,7 @@ class SelfRelationLoss(nn.Module):
         """L_c, mean over all pairs and images; teacher: c of the global views (G, B, C, N), student: a list by resolution
         of g_c(c) (V, B, C, N). No alignment: A_c has no spatial axis."""
         t_teacher, t_student = self.teacher_temperatures[1], self.student_temperatures[1]
-        targets = [self.channel_relation(c1.detach(), t_teacher).softmax(dim=-1) for c1 in teacher]    # G times (B, C, C)
+        targets = [self.channel_relation(c1.detach(), t_teacher).softmax(dim=-1, dtype=torch.float32) for c1 in teacher]    # G times (B, C, C)
         logits = (self.channel_relation(c2, t_student) for views in student for c2 in views)           # V times (B, C, C)
         return mean_over_pairs(targets, logits)    # Eq. 5
 

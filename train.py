@@ -97,7 +97,7 @@ def parse_args(argv=None):
     flag(g, "recipe", recipe, "a set of defaults; demo without --data_path, dino (the paper's Sec. 4.1) with one", choices=list(RECIPES))
     flag(g, "data_path", None, f"folder with train/ and val/, any folder of images (labels not needed), or a name: {', '.join(NAMES)}", type=str)
     flag(g, "output_dir", None, "where everything is written; runs/RECIPE if not given. A run found there goes on", type=str)
-    switch(g, "overwrite", False, "off by default; start anew, every time it is given, deleting the run in output_dir")
+    switch(g, "overwrite", False, "start anew, every time it is given, deleting the run in output_dir")
     flag(g, "seed", 0, "weights, shuffling and views are a function of it")
     flag(g, "max_steps", 0, "stop after this step of the whole run, with schedules as if it went on; 0: don't")
     flag(g, "checkpoint_steps", 0, "save every so many steps, besides once an epoch; 0: don't")
@@ -107,7 +107,7 @@ def parse_args(argv=None):
     flag(g, "arch", "vit_small", "encoder", choices=list(ARCHITECTURES))
     flag(g, "patch_size", 16, "side of a patch in pixels; smaller is better and slower; resnet50's stride is 32")
     flag(g, "drop_path_rate", 0.1, "ViT: stochastic depth of the student's last block, growing linearly with depth")
-    switch(g, "stop_grad_conv1", False, "ViT: off by default, but for mocov3; keep the patch projection as it was drawn, as MoCo v3 does for stability")
+    switch(g, "stop_grad_conv1", False, "ViT: keep the patch projection as it was drawn, as MoCo v3 does for stability")
     g = parser.add_argument_group("self-relations (SERE)")
     flag(g, "alpha", 1.0, "weight of L_p, spatial self-relation (Eq. 3); 0 leaves it out (Tables 8 and 14)")
     flag(g, "beta", 1.0, "weight of L_c, channel self-relation (Eq. 5); 0 leaves it out (Tables 8 and 14)")
@@ -117,7 +117,7 @@ def parse_args(argv=None):
     flag(g, "relation_heads", 6, "M, groups of channels with a spatial relation each; divides the encoder's dim (Table 12)")
     flag(g, "overlap_global", 13, "points a side sampled in the overlap of two global views; about the side of their feature map")
     flag(g, "overlap_local", 6, "the same where a local view takes part")
-    switch(g, "symmetric", False, "off by default; leave out the student's prediction heads g (Table 15)")
+    switch(g, "symmetric", False, "leave out the student's prediction heads g (Table 15)")
     flag(g, "channel_relation", "image", "what L_c relates channels over: each image (Eq. 4), or the batch, as Barlow Twins does (Table 11)", choices=["image", "batch"])
     g = parser.add_argument_group("image embedding (L_I)")
     flag(g, "baseline", "dino", "the method SERE is added to (Table 7); dino+ clusters patch embeddings too (Table 10)", choices=["dino", "ibot", "mocov3", "dino+"])
@@ -125,13 +125,13 @@ def parse_args(argv=None):
     flag(g, "out_dim", 65536, "K, outputs of the head; fewer (4096) learn faster on small data")
     flag(g, "momentum_teacher", 0.996, "λ of the teacher's update at the start, to 1 by cosine; nearer 1 (0.9995) for batches of 256 and less")
     g = parser.add_argument_group("DINO, iBOT")
-    switch(g, "norm_last_layer", True, "on by default, but for ibot; keep the last layer's rows at length 1; stabler, and better for small encoders")
+    switch(g, "norm_last_layer", True, "keep the last layer's rows at length 1; stabler, and better for small encoders")
     flag(g, "warmup_teacher_temp", 0.04, "teacher temperature at the start; lower it when the loss stays at ln(out_dim)")
     flag(g, "teacher_temp", 0.04, "teacher temperature after its warm-up; above 0.07 is unstable")
     flag(g, "warmup_teacher_temp_epochs", 0, "epochs of that warm-up, linear; also of the patch temperature's")
     flag(g, "freeze_last_layer", 1, "epochs in which the head's last layer stays as it is; more when the loss does not fall")
     g = parser.add_argument_group("iBOT, DINO+ (patch embeddings)")
-    switch(g, "shared_head", False, "off by default, but for ibot; one last layer, of out_dim outputs, for class and patch tokens")
+    switch(g, "shared_head", False, "one last layer, of out_dim outputs, for class and patch tokens")
     flag(g, "patch_out_dim", 8192, "K of the patches' own last layer, without --shared_head")
     flag(g, "warmup_teacher_patch_temp", 0.04, "teacher temperature of patches at the start")
     flag(g, "teacher_patch_temp", 0.04, "teacher temperature of patches after the warm-up")
@@ -160,7 +160,7 @@ def parse_args(argv=None):
     flag(g, "num_workers", max(1, min(10, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))), "loader processes a training process; what is trained does not depend on it")
     flag(g, "precision", "auto", "auto: bf16 where the GPU has it, else fp16; fp32 on a CPU", choices=["auto", "bf16", "fp16", "fp32"])
     switch(g, "compile", None, "torch.compile; on for CUDA unless told otherwise")
-    switch(g, "deterministic", False, "off by default; bit-for-bit repeatable on CUDA too, and slower")
+    switch(g, "deterministic", False, "bit-for-bit repeatable on CUDA too, and slower")
     parser.set_defaults(**RECIPES[recipe] | {"recipe": recipe})
     args = parser.parse_args(argv)
 
@@ -180,7 +180,7 @@ def flag(group, name, default, help, type=None, **rest):
 
 def switch(group, name, default, help):
     """Add --name and --no-name."""
-    group.add_argument(f"--{name}", default=default, help=help, action=argparse.BooleanOptionalAction)
+    group.add_argument(f"--{name}", default=default, help=help + ("" if default is None else " (default: %(default)s)"), action=argparse.BooleanOptionalAction)
 
 
 def find_fault(args):
@@ -343,33 +343,35 @@ class Log:
 class Baseline(NamedTuple):
     """The method that SERE is added to."""
 
-    head: Callable             # (dim, student: bool) -> a network's head, or None
-    loss: torch.nn.Module      # L_I, see baselines.py
+    head: Callable                # (dim, student: bool) -> a network's head, or None
+    loss: torch.nn.Module         # L_I, see baselines.py
     teacher_temp: torch.Tensor    # its temperature (epochs,), or temperatures (epochs, 2)
-    mask: BlockMask = None     # what is hidden from the student
+    mask: BlockMask = None        # what is hidden from the student
 
 
 def build_baseline(args):
-    """The Baseline that the arguments name: the one place that tells them apart."""
-    teacher_temp, patch_temp = (
-        torch.cat([torch.linspace(low, high, args.warmup_teacher_temp_epochs), torch.full((args.epochs - args.warmup_teacher_temp_epochs,), high)])
-        for low, high in ((args.warmup_teacher_temp, args.teacher_temp), (args.warmup_teacher_patch_temp, args.teacher_patch_temp))
-    )
-    both_temps = torch.stack([teacher_temp, patch_temp], dim=1)    # (epochs, 2)
-    patch_out_dim = None if args.shared_head else args.patch_out_dim
+    """The Baseline that the arguments name; what follows does not tell one from another."""
 
+    def warm_up(low, high):
+        n = args.warmup_teacher_temp_epochs
+        return torch.cat([torch.linspace(low, high, n), torch.full((args.epochs - n,), high)])
+
+    def head_of_patches(dim, student):
+        return IBOTHead(dim, args.out_dim, args.norm_last_layer, None if args.shared_head else args.patch_out_dim, patches=1 if args.baseline == "ibot" else 2)
+
+    teacher_temp = warm_up(args.warmup_teacher_temp, args.teacher_temp)
+    both_temps = torch.stack([teacher_temp, warm_up(args.warmup_teacher_patch_temp, args.teacher_patch_temp)], dim=1)
+    out_dims = (args.out_dim, args.out_dim if args.shared_head else args.patch_out_dim)
     if args.li_weight == 0:
         return Baseline(lambda dim, student: None, NoLoss(), teacher_temp)
     if args.baseline == "dino":
         return Baseline(lambda dim, student: DINOHead(dim, args.out_dim, args.norm_last_layer), DINOLoss(args.out_dim), teacher_temp)
-    if args.baseline == "mocov3":
-        return Baseline(lambda dim, student: MoCoHead(dim, args.out_dim, predictor=student), MoCoLoss(args.moco_t), teacher_temp)
-    resolutions = 1 if args.baseline == "ibot" else 2    # of which patches are embedded
-    head = lambda dim, student: IBOTHead(dim, args.out_dim, args.norm_last_layer, patch_out_dim, resolutions)
     if args.baseline == "ibot":
         mask = BlockMask(args.global_crops_size // args.patch_size, args.pred_ratio, args.pred_ratio_var)
-        return Baseline(head, IBOTLoss(args.out_dim, patch_out_dim or args.out_dim), both_temps, mask)
-    return Baseline(head, DINOPlusLoss(args.out_dim, patch_out_dim or args.out_dim, args.overlap_global, args.overlap_local), both_temps)
+        return Baseline(head_of_patches, IBOTLoss(*out_dims), both_temps, mask)
+    if args.baseline == "mocov3":
+        return Baseline(lambda dim, student: MoCoHead(dim, args.out_dim, predictor=student), MoCoLoss(args.moco_t), teacher_temp)
+    return Baseline(head_of_patches, DINOPlusLoss(*out_dims, args.overlap_global, args.overlap_local), both_temps)
 
 
 def build_relation_loss(args):
@@ -510,8 +512,8 @@ def train(args, processes, requests):
         (output / "args.json").write_text(json.dumps(describe(args, processes, effective_batch, top_lr), indent=2) + "\n")
     log = Log(output / "log.jsonl", step) if main_process else None
     kinds = f"{images.classes} classes" if len(labelled(images)) else "no labels"
-    terms = [(args.li_weight, f"L_I({args.baseline})"), (args.alpha, "L_p"), (args.beta, "L_c")]
-    say(f"{args.recipe}: {args.arch}/{args.patch_size}, L = {' + '.join(f'{weight:g} {name}' for weight, name in terms if weight)}")
+    summands = [(args.li_weight, f"L_I({args.baseline})"), (args.alpha, "L_p"), (args.beta, "L_c")]
+    say(f"{args.recipe}: {args.arch}/{args.patch_size}, L = {' + '.join(f'{weight:g} {name}' for weight, name in summands if weight)}")
     say(f"{len(images)} images of {args.data_path} ({kinds}, for kNN only)")
     say(f"{processes.size} process(es) on {device.type}, {args.precision}{', compiled' if args.compile else ''}")
     say(f"{args.epochs} epochs of {steps_per_epoch} steps; effective batch {effective_batch}, learning rate {top_lr:.2g}; results go to {output}/")
