@@ -22,11 +22,8 @@ from distributed import BatchNorm, average_over_processes, gather_from_processes
 from relations import cross_entropy, mean_over_pairs
 
 
-class NoLoss(nn.Module):
-    """L_I = 0, and what the other losses have in common."""
-
-    def forward(self, student, teacher, teacher_temp, boxes, mask=None):
-        return boxes.new_zeros(())
+class Loss(nn.Module):
+    """What losses have in common, where there is nothing of their own to do."""
 
     def update_center(self):
         """Called once an optimizer step."""
@@ -34,6 +31,13 @@ class NoLoss(nn.Module):
     def diagnostics(self, teacher, teacher_temp):
         """What the log says of the teacher's outputs, {name: number}. Entropies are in nats, at most ln K."""
         return {}
+
+
+class NoLoss(Loss):
+    """L_I = 0, for --li_weight 0."""
+
+    def forward(self, student, teacher, teacher_temp, boxes, mask=None):
+        return boxes.new_zeros(())
 
 
 # --- DINO -------------------------------------------------------------------------------------------------------------
@@ -72,13 +76,13 @@ class UnitRowLinear(nn.Module):
     def __init__(self, in_dim, out_dim, learn_scale):
         super().__init__()
         self.weight = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(out_dim, in_dim), a=5**0.5))
-        self.scale = nn.Parameter(torch.ones(out_dim), requires_grad=learn_scale)
+        self.scale = nn.Parameter(torch.ones(out_dim, 1), requires_grad=learn_scale)    # (K, 1): weight decay reaches it, as in DINO and iBOT
 
     def forward(self, x):
-        return F.linear(x, F.normalize(self.weight, dim=-1) * self.scale[:, None])
+        return F.linear(x, F.normalize(self.weight, dim=-1) * self.scale)
 
 
-class Assignment(NoLoss):
+class Assignment(Loss):
     """Soft cluster assignments: softmax((output - centre) / temperature), the centre a running mean of outputs.
 
     The centre and the teacher's temperature keep outputs from collapsing: one makes them uniform, the other peaked.
@@ -169,7 +173,7 @@ class IBOTLoss(DINOLoss):
     def __init__(self, out_dim, patch_out_dim, student_temp=0.1, center_momentum=0.9):
         super().__init__(out_dim, student_temp, center_momentum)
         self.patches = Assignment(patch_out_dim, student_temp, center_momentum)
-        self.register_buffer("terms", torch.zeros(2), persistent=False)    # of the last call, for the log
+        self.register_buffer("terms", torch.zeros(2), persistent=False)    # of this process's last batch, for the log
 
     def forward(self, student, teacher, teacher_temp, boxes=None, mask=None):
         """student, teacher: IBOTOutput. teacher_temp: (2,) for class and for patch tokens. boxes: (views, B, 5). mask: (G, B, N) bool,
@@ -226,7 +230,7 @@ class MoCoHead(nn.Module):
         return torch.stack([self.predictor(self.projector(view)) for view in summary])
 
 
-class MoCoLoss(NoLoss):
+class MoCoLoss(Loss):
     """InfoNCE: 2 τ times the cross-entropy of finding an image's key, the teacher's embedding of another view, among the keys of the
     batches of all processes. Summed over both directions, as MoCo v3 does with its two views; with more views, twice the mean over pairs.
     """

@@ -4,7 +4,7 @@
     python evaluate.py linear --pretrained_weights runs/demo/backbone.pth --data_path shapes
 
 The protocols are DINO's. Weights may be a backbone.pth or checkpoint.pth of train.py, or a released file of DINO, iBOT,
-SERE or timm; data a folder with train/ and val/, or a name as for train.py.
+SERE, timm or torchvision (ResNet-50); data a folder with train/ and val/, or a name as for train.py.
 
 N images, C feature channels, K classes
 """
@@ -49,10 +49,11 @@ def evaluation_crop(size):
 
 
 @torch.no_grad()
-def extract_features(encoder, images, indices, size, device, batch_size=128, num_workers=0, progress=None):
+def extract_features(encoder, images, indices, size, device, batch_size=128, num_workers=0, progress=None, stop_asked=None):
     """The class token after the final norm, and the label, of images[i] for i in indices: (N, C), (N,) on `device`.
 
-    Each process computes its share and receives all. An unreadable image raises OSError.
+    Each process computes its share and receives all. An unreadable image raises OSError. stop_asked: is asked between batches, by all
+    processes together; once it says True, the result is None.
     """
     rank, world_size = world()
     share = Transformed(images, evaluation_crop(size), indices[rank::world_size])
@@ -60,7 +61,10 @@ def extract_features(encoder, images, indices, size, device, batch_size=128, num
     features = torch.zeros(len(indices), encoder.dim, device=device)
     labels = torch.zeros(len(indices), dtype=torch.long, device=device)
     start = rank
-    for x, y in tqdm(loader, desc=progress, disable=None if rank == 0 else True, leave=False):
+    common = len(indices) // world_size // batch_size    # batches that every process has
+    for i, (x, y) in enumerate(tqdm(loader, desc=progress, disable=None if rank == 0 else True, leave=False)):
+        if stop_asked and i < common and stop_asked():
+            return None
         rows = slice(start, start + len(x) * world_size, world_size)
         features[rows] = encoder.norm(encoder(normalize(x.to(device).float() / 255)))[:, 0].float()
         labels[rows] = y.to(device)
@@ -89,13 +93,20 @@ def knn_votes(train_features, train_labels, test_features, k, temperature, class
     return torch.cat(votes)
 
 
-def knn_accuracy(encoder, train, val, size, device, ks=(20,), temperature=0.07, most=None, **loading):
-    """{k: top-1 accuracy in % on the labelled images of `val`}, by those of `train`, evenly thinned out to at most `most`."""
+def knn_accuracy(encoder, train, val, size, device, ks=(20,), temperature=0.07, most=None, **extraction):
+    """{k: top-1 accuracy in % on the labelled images of `val`}, by those of `train`, evenly thinned out to at most `most`.
+
+    extraction: see extract_features; None where it was stopped.
+    """
     chosen, test = labelled(train), labelled(val)
     if most and len(chosen) > most:
         chosen = chosen[torch.linspace(0, len(chosen) - 1, most).long()]
-    features, labels = extract_features(encoder, train, chosen.tolist(), size, device, progress="features of train", **loading)
-    test_features, test_labels = extract_features(encoder, val, test.tolist(), size, device, progress="features of val", **loading)
+    extracted = []
+    for images, indices, name in ((train, chosen, "train"), (val, test, "val")):
+        extracted.append(extract_features(encoder, images, indices.tolist(), size, device, progress=f"features of {name}", **extraction))
+        if extracted[-1] is None:
+            return None
+    (features, labels), (test_features, test_labels) = extracted
     votes = {k: knn_votes(features, labels, test_features, k, temperature, train.classes) for k in ks}
     return {k: 100 * (v.argmax(dim=1) == test_labels).float().mean().item() for k, v in votes.items()}
 
@@ -230,27 +241,27 @@ def parse_args(argv=None):
         parser.add_argument(f"--{name}", default=default, help=help + ("" if default is None else " (default: %(default)s)"), **rest)
 
     common = argparse.ArgumentParser(add_help=False)
-    flag(common, "pretrained_weights", "backbone.pth or checkpoint.pth of train.py, or a released file of DINO, iBOT, SERE or timm", required=True)
+    flag(common, "pretrained_weights", "backbone.pth or checkpoint.pth of train.py, or a released file of DINO, iBOT, SERE, timm or torchvision (ResNet-50)", required=True)
     flag(common, "data_path", "folder with train/ and val/, or a name as for train.py", required=True)
     flag(common, "arch", "what the weights must be; read off them if not given", choices=list(ARCHITECTURES))
     flag(common, "checkpoint_key", "network of a training checkpoint: teacher or student", "teacher")
-    flag(common, "image_size", "side in pixels, after resizing the short side to 256 / 224 of it; the size trained at if not given", type=int)
+    flag(common, "image_size", "side in pixels, after resizing the short side to 256 / 224 of it; if not given the size trained at, which a ResNet's weights don't tell: 224", type=int)
     flag(common, "batch_size_per_gpu", "images a forward pass", 128, type=int)
     flag(common, "num_workers", "loader processes", min(10, os.cpu_count() or 1), type=int)
     flag(common, "seed", "of what is random: the linear probes, their crops and which images they hold out", 0, type=int)
     flag(common, "json", "write the result there too", metavar="FILE")
 
     usage = "evaluate.py {} --pretrained_weights FILE --data_path PATH [--flag value ...]"
-    parser = argparse.ArgumentParser(prog="evaluate.py", usage=usage.format("knn|linear"), description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="evaluate.py", allow_abbrev=False, usage=usage.format("knn|linear"), description=__doc__.split("\n")[0])
     tasks = parser.add_subparsers(dest="task", required=True)
-    knn = tasks.add_parser("knn", help="weighted k-nearest neighbours", prog="evaluate.py", usage=usage.format("knn"), parents=[common])
+    knn = tasks.add_parser("knn", help="weighted k-nearest neighbours", prog="evaluate.py", allow_abbrev=False, usage=usage.format("knn"), parents=[common])
     flag(knn, "nb_knn", "k", [10, 20, 100, 200], type=int, nargs="+")
     flag(knn, "temperature", "votes weigh exp(similarity / temperature)", 0.07, type=float)
-    linear = tasks.add_parser("linear", help="linear classification", prog="evaluate.py", usage=usage.format("linear"), parents=[common])
+    linear = tasks.add_parser("linear", help="linear classification", prog="evaluate.py", allow_abbrev=False, usage=usage.format("linear"), parents=[common])
     flag(linear, "epochs", "passes over the training images", 100, type=int)
     flag(linear, "lr", "learning rates per 256 images, trained side by side", LEARNING_RATES, type=float, nargs="+")
     flag(linear, "holdout", "share of the training images kept to choose the rate on; 0: choose on val, as iBOT does", 0.1, type=float)
-    flag(linear, "n_last_blocks", "blocks whose class tokens are taken; 4, for vit_base and vit_large 1, if not given", type=int)
+    flag(linear, "n_last_blocks", "blocks whose class tokens are taken; 4, for vit_base, vit_large and resnet50 1, if not given", type=int)
     pooling = "the last block's mean patch too; for vit_base and vit_large if not given"
     flag(linear, "avgpool_patchtokens", pooling, action=argparse.BooleanOptionalAction)
     args = parser.parse_args(argv)

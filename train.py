@@ -81,20 +81,22 @@ USAGE = "train.py [--recipe NAME] [--data_path PATH] [--flag value ...]; --help 
 
 def parse_args(argv=None):
     """The command line, checked; ends with one line and status 2 where it makes no sense."""
-    first = argparse.ArgumentParser(prog="train.py", usage=USAGE, add_help=False)
+    first = argparse.ArgumentParser(prog="train.py", usage=USAGE, add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=RECIPES)
+    first.add_argument("--baseline")
     first.add_argument("--data_path")
     known, _ = first.parse_known_args(argv)
-    recipe = known.recipe or ("dino" if known.data_path else "demo")
+    recipe = known.recipe or (known.baseline if known.baseline in RECIPES else "dino" if known.data_path else "demo")
 
     parser = argparse.ArgumentParser(
         prog="train.py",
         usage=USAGE,
-        description=f"Self-supervised training of a Vision Transformer with SERE: L = L_I + alpha L_p + beta L_c (Eq. 6). "
+        allow_abbrev=False,
+        description=f"Self-supervised training of a Vision Transformer, or a ResNet-50, with SERE: L = L_I + alpha L_p + beta L_c (Eq. 6). "
         f"Defaults shown are those of --recipe {recipe}; for another's, give it beside --help.",
     )
     g = parser.add_argument_group("run")
-    flag(g, "recipe", recipe, "a set of defaults; demo without --data_path, dino (the paper's Sec. 4.1) with one", choices=list(RECIPES))
+    flag(g, "recipe", None, "a set of defaults; if not given that of --baseline, or demo without --data_path and dino (the paper's Sec. 4.1) with one", choices=list(RECIPES))
     flag(g, "data_path", None, f"folder with train/ and val/, any folder of images (labels not needed), or a name: {', '.join(NAMES)}", type=str)
     flag(g, "output_dir", None, "where everything is written; runs/RECIPE if not given. A run found there goes on", type=str)
     switch(g, "overwrite", False, "start anew, every time it is given, deleting the run in output_dir")
@@ -120,7 +122,7 @@ def parse_args(argv=None):
     switch(g, "symmetric", False, "leave out the student's prediction heads g (Table 15)")
     flag(g, "channel_relation", "image", "what L_c relates channels over: each image (Eq. 4), or the batch, as Barlow Twins does (Table 11)", choices=["image", "batch"])
     g = parser.add_argument_group("image embedding (L_I)")
-    flag(g, "baseline", "dino", "the method SERE is added to (Table 7); dino+ clusters patch embeddings too (Table 10)", choices=["dino", "ibot", "mocov3", "dino+"])
+    flag(g, "baseline", "dino", "the method SERE is added to (Table 7), with the defaults of --recipe; dino+ clusters patch embeddings too (Table 10)", choices=["dino", "ibot", "mocov3", "dino+"])
     flag(g, "li_weight", 1.0, "weight of L_I; 0 leaves it out (Table 8)")
     flag(g, "out_dim", 65536, "K, outputs of the head; fewer (4096) learn faster on small data")
     flag(g, "momentum_teacher", 0.996, "λ of the teacher's update at the start, to 1 by cosine; nearer 1 (0.9995) for batches of 256 and less")
@@ -197,7 +199,7 @@ def find_fault(args):
     if not (args.alpha or args.beta or args.li_weight):
         return "--alpha, --beta and --li_weight are all 0: nothing to learn from"
     for name in """temperature_spatial temperature_channel teacher_temp warmup_teacher_temp teacher_patch_temp warmup_teacher_patch_temp moco_t""".split():
-        if getattr(args, name) <= 0:
+        if not getattr(args, name) > 0:
             return f"--{name} must be above 0"
     if not 0 <= args.momentum_teacher <= 1:
         return "--momentum_teacher must lie in [0, 1]"
@@ -217,17 +219,26 @@ def find_fault(args):
     if len(args.pred_ratio) != len(args.pred_ratio_var):
         return f"--pred_ratio and --pred_ratio_var must be equally many, not {len(args.pred_ratio)} and {len(args.pred_ratio_var)}"
     for share, variance in zip(args.pred_ratio, args.pred_ratio_var):
+        if not variance >= 0:
+            return "--pred_ratio_var can't be negative"
         if not 0 <= share - variance <= share + variance < 1:
             return f"--pred_ratio {share:g} plus or minus --pred_ratio_var {variance:g} must lie in [0, 1)"
     if args.arch == "resnet50":
-        if args.patch_size != 32:
-            return "--arch resnet50 needs --patch_size 32, its stride; --recipe resnet50 has it"
-        if args.stop_grad_conv1 or args.drop_path_rate or (args.baseline == "ibot" and args.li_weight):
-            return "--arch resnet50 has no patch projection, stochastic depth or masks: --no-stop_grad_conv1, --drop_path_rate 0, no --baseline ibot"
+        for unfit, remedy in (
+            (args.baseline == "ibot" and args.li_weight, "another --baseline: it has no patches to mask"),
+            (args.patch_size != 32, "--patch_size 32, its stride"), (args.drop_path_rate, "--drop_path_rate 0"), (args.stop_grad_conv1, "--no-stop_grad_conv1"),
+        ):
+            if unfit:
+                return f"--arch resnet50 needs {remedy}; --recipe resnet50 has what it needs"
+    if args.baseline == "mocov3" and args.li_weight and args.batch_size_per_gpu * int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return "--baseline mocov3 tells the images of a batch apart: --batch_size_per_gpu must be above 1"
+    faults = []
     if args.warmup_epochs >= args.epochs:
-        return f"--warmup_epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}"
+        faults.append(f"--warmup_epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}: give 0 to {args.epochs - 1}")
     if args.warmup_teacher_temp_epochs > args.epochs:
-        return f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is more than --epochs {args.epochs}"
+        faults.append(f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is more than --epochs {args.epochs}: give 0 to {args.epochs}")
+    if faults:
+        return "; ".join(faults)
     if args.alpha:
         try:
             spatial_relation(torch.empty(1, ARCHITECTURES[args.arch]["dim"], 1), args.relation_heads)
@@ -247,7 +258,7 @@ def cosine_schedule(base, final, steps, warmup=0, start=0.0):
 
 
 def parameter_groups(network):
-    """Two groups for AdamW: weights, and what gets no weight decay (biases, norms and all else with one dimension)."""
+    """Two groups for the optimizer: weights, and what gets no weight decay (biases, norms and all else with one dimension)."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     return [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
 
@@ -310,6 +321,8 @@ def find_checkpoint(path, arguments):
         raise OSError(f"{path} is damaged, or no checkpoint of train.py. Use another --output_dir, or --overwrite") from error
     if before.keys() != arguments.keys():
         raise OSError(f"{path} was written by another version of train.py. Use another --output_dir, or --overwrite")
+    if before["recipe"] != arguments["recipe"]:
+        raise OSError(f"{path} is of a run with --recipe {before['recipe']}, not {arguments['recipe']}. Use another --output_dir, or --overwrite")
     different = [f"{name} was {before[name]}, is {value}" for name, value in arguments.items() if before[name] != value]
     if different:
         raise OSError(f"{path} is of a run with other arguments: {'; '.join(different)}. Use another --output_dir, or --overwrite")
@@ -520,14 +533,22 @@ def train(args, processes, requests):
     if step:
         say(f"going on after step {step}" if step < steps else f"{output}/ holds a finished run; for another use another --output_dir, or --overwrite")
 
+    def stop_asked():
+        return processes.sum(len(requests)) > 0
+
     def evaluate_knn(epoch):
+        """Accuracy in %, or None where the run is to stop."""
+        if epoch == 0:
+            say("kNN of the untrained encoder, to compare with; --knn_every 0 does without")
         accuracy = knn_accuracy(
             teacher.backbone.eval(), Readable(images), val, args.global_crops_size, device, most=20_000,
-            batch_size=args.batch_size_per_gpu, num_workers=args.num_workers,
-        )[20]
+            batch_size=args.batch_size_per_gpu, num_workers=args.num_workers, stop_asked=stop_asked,
+        )
         teacher.backbone.train()    # a ResNet's batch norms
-        say(f"epoch {epoch}: kNN {accuracy:.1f} %" + (" (untrained)" if epoch == 0 else ""))
-        return accuracy
+        if accuracy is None:
+            return None
+        say(f"epoch {epoch}: kNN {accuracy[20]:.1f} %" + (" (untrained)" if epoch == 0 else ""))
+        return accuracy[20]
 
     def end_epoch():
         """The epoch's line in the log. It follows the checkpoint: a kill during kNN costs the line alone, and resuming makes up for it."""
@@ -535,6 +556,8 @@ def train(args, processes, requests):
         line = {name: total / steps_per_epoch for name, total in zip(TERMS, epoch_sums)}
         if val is not None and (done % args.knn_every == 0 or step == steps):
             line["kNN"] = evaluate_knn(done)
+            if line["kNN"] is None:
+                return
         if main_process:
             log.write(kind="epoch", step=step, epoch=done, **line)
 
@@ -542,7 +565,7 @@ def train(args, processes, requests):
         say(f"no kNN while training: it needs a folder a class in {args.data_path}/train and {args.data_path}/val")
     if step == 0 and val is not None:
         accuracy = evaluate_knn(0)
-        if main_process:
+        if main_process and accuracy is not None:
             log.write(kind="epoch", step=0, epoch=0, kNN=accuracy)
     if step and step % steps_per_epoch == 0:
         if processes.sum(int(main_process and step not in log.epochs)):
@@ -555,7 +578,7 @@ def train(args, processes, requests):
             module.compile(dynamic=False)
     network = student
     if processes.distributed:
-        network = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(student, gradient_as_bucket_view=True)
     batches = Batches(len(images), args.batch_size_per_gpu, args.grad_accum_steps, processes.rank, processes.size, args.seed, start=step)
     multicrop = MultiCrop(args.global_crops_size, args.global_crops_scale, args.local_crops_number, args.local_crops_size, args.local_crops_scale, baseline.mask)
     stream = iter(DataLoader(
@@ -568,7 +591,7 @@ def train(args, processes, requests):
 
     # --- the loop
     processes.training = True
-    stopping = processes.sum(len(requests)) > 0
+    stopping = stop_asked()
     while step < last_step and not stopping:
         epoch = step // steps_per_epoch
         for group in optimizer.param_groups:
@@ -618,8 +641,8 @@ def train(args, processes, requests):
         bar.update()
 
         # --- now and then: look, log, save
-        logs, epoch_ends = step % args.log_every == 0, step % steps_per_epoch == 0
-        stopping = processes.sum(len(requests)) > 0
+        logs, epoch_ends = step % args.log_every == 0 or step == last_step, step % steps_per_epoch == 0
+        stopping = stop_asked()
         saves = epoch_ends or stopping or step == last_step or (args.checkpoint_steps and step % args.checkpoint_steps == 0)
         if not (logs or saves):
             continue
@@ -640,12 +663,16 @@ def train(args, processes, requests):
                     peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
                     **looked,
                 )
-            bar.set_postfix({name: f"{value:.3f}" for name, value in terms.items()} | {"images/s": f"{images_per_s:.0f}"})
+            shown = {name: f"{value:.3f}" for name, value in terms.items()} | {"images/s": f"{images_per_s:.0f}"}
+            bar.set_postfix(shown)
+            if bar.disable:    # no terminal
+                say(f"step {step}/{steps}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
             complaints.clear()
         if saves:
             save_checkpoint()
         if epoch_ends and not stopping:
             end_epoch()
+            stopping = stop_asked()
             epoch_sums = [0.0] * len(TERMS)
         window_step, window_start, waited = step, time.perf_counter(), 0.0
     bar.close()
