@@ -35,7 +35,7 @@ from data import NAMES, Batches, Readable, ViewsOfImages, build_dataset, ignore_
 from distributed import Processes, average_over_processes
 from evaluate import evaluation_crop, knn_accuracy
 from model import ARCHITECTURES, Network, build_encoder, update_teacher
-from relations import RelationHead, SelfRelationLoss, channel_relation, spatial_relation
+from relations import RelationHead, SelfRelationLoss, spatial_relation
 from sampler import overlap
 from visualize import draw_attention, draw_views
 
