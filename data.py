@@ -1,7 +1,7 @@
 """Where images come from: folders, torchvision's data sets, and `shapes`, which is drawn on the spot.
 
 Every data set here is map-style, gives (uint8 image (3, H, W), label or -1), and has `labels`, a tensor of all of them
-that costs no decoding, and `classes`, their number.
+that costs no decoding, and `classes`, their number. Those of `build_segmentation` give (image, uint8 mask (H, W)).
 """
 
 import os
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 NAMES = ("shapes", "cifar10", "cifar100", "stl10")
@@ -90,8 +91,11 @@ class ImageFiles(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.paths)
 
+    def path(self, index):
+        return os.fsdecode(self.paths[index])
+
     def __getitem__(self, index):
-        return decode(os.fsdecode(self.paths[index])), int(self.labels[index])
+        return decode(self.path(index)), int(self.labels[index])
 
 
 class Torchvision(torch.utils.data.Dataset):
@@ -118,6 +122,101 @@ def _torchvision_images(name, split):
         return Torchvision(images, images.targets)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(f"{name} is not in {DOWNLOADS}/ and could not be downloaded: {error}") from error
+
+
+# --- images with masks ------------------------------------------------------------------------------------------------
+
+IGNORED = 255    # in a mask: counts neither in training nor in a measure
+
+
+def build_segmentation(path, split, ignore_index=IGNORED):
+    """Images and masks of class indices at `path`: "shapes" (paper, or not), "voc" (Pascal VOC 2012), or a folder with
+    <split>/images/ and <split>/masks/, whose files have the same names but for the ending. Raises OSError, in one line.
+
+    ignore_index: what the masks call a pixel that does not count; here it becomes IGNORED. Has `classes`, their number, or None where it is
+    not known without reading every mask.
+    """
+    path = str(path)
+    if path == "shapes":
+        return ShapesWithMasks(split)
+    if path == "voc":
+        try:
+            return ImagesWithMasks(*_pairs_of_voc(split), ignore_index=IGNORED, classes=21)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(f"voc is not in {DOWNLOADS}/ and could not be downloaded: {error}") from error
+    folders = [Path(path) / split / part for part in ("images", "masks")]
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{path} is neither shapes nor voc, nor has it a folder {split}/{folder.name}")
+    images, masks = ({file.stem: file for file in sorted(folder.iterdir()) if file.name.lower().endswith(IMG_EXTENSIONS)} for folder in folders)
+    if not images:
+        raise FileNotFoundError(f"no images in {folders[0]}")
+    if missing := [str(file) for stem, file in images.items() if stem not in masks]:
+        raise FileNotFoundError(f"{missing[0]} has no mask in {folders[1]}" + (f", nor have {len(missing) - 1} others" if len(missing) > 1 else ""))
+    return ImagesWithMasks(list(images.values()), [masks[stem] for stem in images], ignore_index, classes=None)
+
+
+def _pairs_of_voc(split):
+    voc = datasets.VOCSegmentation(DOWNLOADS, image_set=split, download=not (Path(DOWNLOADS) / "VOCdevkit").is_dir())
+    return voc.images, voc.masks
+
+
+class ImagesWithMasks(torch.utils.data.Dataset):
+    """Files of images and of their masks, one channel or a palette of class indices. Raises OSError, naming the file, for others."""
+
+    def __init__(self, images, masks, ignore_index, classes):
+        self.images, self.masks, self.ignore_index = images, masks, ignore_index
+        self.classes = classes
+
+    def __len__(self):
+        return len(self.images)
+
+    def mask(self, index):
+        path = self.masks[index]
+        try:
+            with Image.open(path) as file:
+                mask = torch.from_numpy(np.array(file))
+        except Exception as error:
+            raise OSError(f"{path} can't be read as a mask: {error}") from error
+        if mask.ndim != 2 or mask.dtype != torch.uint8:
+            raise OSError(f"{path} is no mask of class indices: it is {file.mode}, not one channel of 8 bits (L) or a palette (P)")
+        return torch.where(mask == self.ignore_index, IGNORED, mask).to(torch.uint8)
+
+    def __getitem__(self, index):
+        image, mask = decode(self.images[index]), self.mask(index)
+        if image.shape[1:] != mask.shape:
+            raise OSError(f"{self.images[index]} and its mask {self.masks[index]} differ in size")
+        return image, mask
+
+
+def count_classes(images):
+    """1 + the largest class in the masks of a data set of build_segmentation."""
+    if images.classes is None:
+        largest = [int(torch.where(mask == IGNORED, 0, mask).max()) for mask in map(images.mask, range(len(images)))]
+        images.classes = 1 + max(largest)
+    return images.classes
+
+
+# --- for evaluation ---------------------------------------------------------------------------------------------------
+
+
+class Transformed(torch.utils.data.Dataset):
+    """images[i] for i in indices, through `transform`: (uint8 image, label)."""
+
+    def __init__(self, images, transform, indices):
+        self.images, self.transform, self.indices = images, transform, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        image, label = self.images[self.indices[i]]
+        return self.transform(image), label
+
+
+def evaluation_crop(size):
+    """uint8 image -> uint8 (3, size, size): short side to size * 256 / 224, bicubic, then the centre."""
+    return v2.Compose([v2.Resize(round(size * 256 / 224), InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)])
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
@@ -192,6 +291,18 @@ class Shapes(torch.utils.data.Dataset):
         image = np.where(mask, ink * cover, rng.uniform(-0.4, 0)) + rng.normal(0, 0.03, ink.shape)
         image += (0.5 - image.mean(axis=(1, 2)))[:, None, None]    # or shapes with much ink would be dark images
         return (255 * image.clip(0, 1)).astype(np.uint8), mask
+
+
+class ShapesWithMasks(Shapes):
+    """Shapes with masks in place of labels: 1 where the paper is."""
+
+    def __init__(self, split):
+        super().__init__(split)
+        self.classes = 2
+
+    def __getitem__(self, index):
+        image, mask = self._draw(index)
+        return torch.from_numpy(image), torch.from_numpy(mask.astype(np.uint8))
 
 
 def ignore_signals(worker):

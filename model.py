@@ -5,10 +5,8 @@ A Vision Transformer with the parameter names of timm and DINO, and a ResNet-50 
 B batch (images or views), V views, N patches, C channels (dim), M attention heads
 """
 
-import argparse
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -95,7 +93,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, image_size=224, patch_size=16, dim=384, depth=12, heads=6, drop_path_rate=0.0, masked=False):
         super().__init__()
-        self.patch_size, self.dim, self.depth = patch_size, dim, depth
+        self.patch_size, self.dim, self.depth, self.heads = patch_size, dim, depth, heads
         self.grid = image_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -122,6 +120,13 @@ class VisionTransformer(nn.Module):
         columns = _resize_matrix(self.grid, width, grid)
         grid = torch.einsum("hi,wj,bijc->bhwc", rows, columns, grid)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(1, 2)], dim=1)
+
+    @torch.no_grad()
+    def resize(self, image_size):
+        """Interpolate the stored position embeddings to the grid of another image size, for good."""
+        grid = image_size // self.patch_size
+        self.pos_embed = nn.Parameter(self._position_embedding(grid, grid).clone())
+        self.grid = grid
 
     def _embed(self, images, mask=None):
         if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
@@ -169,7 +174,7 @@ class ResNet50(ResNet):
         super().__init__(Bottleneck, [3, 4, 6, 3], norm_layer=BatchNorm)
         del self.fc
         self.norm = nn.Identity()
-        self.patch_size, self.dim, self.depth, self.grid = 32, 2048, 1, image_size // 32    # depth: layers that get_intermediate_layers can give
+        self.patch_size, self.dim, self.depth, self.heads, self.grid = 32, 2048, 1, 0, image_size // 32    # depth: layers that get_intermediate_layers can give
 
     def forward(self, images, mask=None):
         """images: (B, 3, H, W), normalised. Returns (B, 1 + N, C): the mean feature, then the feature map row by row."""
@@ -196,11 +201,13 @@ ARCHITECTURES = {
 }
 
 
-def build_encoder(arch, image_size=224, patch_size=16, drop_path_rate=0.0, masked=False):
-    """An encoder of ARCHITECTURES by name. resnet50 takes the image size alone: it has no patches, stochastic depth or masks."""
+def build_encoder(arch, image_size=224, patch_size=16, drop_path_rate=0.0, masked=False, heads=None):
+    """An encoder of ARCHITECTURES by name, with other attention heads if told so. resnet50 takes the image size alone: it has no
+    patches, stochastic depth, masks or heads."""
     if arch == "resnet50":
         return ResNet50(image_size)
-    return VisionTransformer(image_size, patch_size, drop_path_rate=drop_path_rate, masked=masked, **ARCHITECTURES[arch])
+    shape = ARCHITECTURES[arch] | ({"heads": heads} if heads else {})
+    return VisionTransformer(image_size, patch_size, drop_path_rate=drop_path_rate, masked=masked, **shape)
 
 
 class Output(NamedTuple):
@@ -255,82 +262,3 @@ def update_teacher(student, teacher, momentum):
     theta2 = dict(student.named_parameters())
     theta1 = dict(teacher.named_parameters())
     torch._foreach_lerp_(list(theta1.values()), [theta2[name] for name in theta1], 1 - momentum)
-
-
-# --- weights from files ---------------------------------------------------------------------------------------------
-
-# Old releases pickle their command line, and NumPy floats in the optimizer's state. These classes and no others are let in.
-_HARMLESS = [
-    argparse.Namespace, np.dtype, np.float64, type(np.dtype(np.float64)),
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
-]
-
-
-def read_encoder_weights(path, checkpoint_key="teacher"):
-    """The encoder's state dict in a file of this repository, DINO, iBOT, SERE's release, timm or torchvision, on the CPU.
-
-    checkpoint_key: which network a training checkpoint is asked for. Returns (state dict under timm's names, or for a ResNet
-    torchvision's, dropped keys). Raises ValueError where the file holds neither a ViT nor a ResNet, OSError where it can't be read.
-    """
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:    # the unpickler has many ways of saying no; its advice, to load unsafely, is not passed on
-        raise ValueError(f"{path} is damaged, or holds more than tensors and plain values, and is not loaded") from error
-    for key in (checkpoint_key, "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds no state dict")
-    state = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
-    state = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
-    for needed, parts in (
-        ({"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight"}, ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")),
-        ({"conv1.weight", "layer4.0.conv1.weight"}, ("conv1.", "bn1.", "layer")),
-    ):
-        if needed <= state.keys():
-            encoder = {key: value for key, value in state.items() if key.startswith(parts)}
-            return encoder, sorted(state.keys() - encoder.keys())
-    raise ValueError(f"{path} holds no ViT or ResNet; its first keys are {list(state)[:5]}")
-
-
-def load_encoder(path, arch=None, checkpoint_key="teacher"):
-    """An encoder, in eval mode, with a file's weights; what it is like is read off their shapes. Prints matched and dropped keys.
-
-    arch: a name of ARCHITECTURES that it must be. Raises ValueError where the weights are of another architecture,
-    naming keys and shapes, and as read_encoder_weights. A ResNet's weights don't tell the image size: 224.
-    """
-    state, dropped = read_encoder_weights(path, checkpoint_key)
-    found, image_size, patch_size = _recognise(state)
-    if not (arch or found):
-        raise ValueError(f"{path} holds a ViT of dim {state['cls_token'].shape[-1]} whose depth fits none of {', '.join(ARCHITECTURES)}")
-    arch = arch or found
-    encoder = build_encoder(arch, image_size, patch_size)
-    own = encoder.state_dict()
-    shapes, own_shapes = ({key: tuple(value.shape) for key, value in s.items()} for s in (state, own))
-    faults = [f"{key} is {shapes[key]}, not {own_shapes[key]}" for key in own if key in state and shapes[key] != own_shapes[key]]
-    faults += [f"{key} is missing" for key in own if key not in state] + [f"{key} is unknown" for key in state if key not in own]
-    if faults:
-        raise ValueError(f"{path} does not fit {arch}: " + "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else ""))
-    encoder.load_state_dict(state)
-    dropped = f"dropped {len(dropped)}{': ' if dropped else ''}{_count(dropped)}"
-    print(f"{path}: {arch}, patch size {patch_size}, {image_size} px; matched {len(state)} keys, {dropped}")
-    return encoder.eval()
-
-
-def _recognise(state):
-    """(name in ARCHITECTURES or None, image size, patch size) of an encoder's state dict, by its shapes."""
-    if "cls_token" not in state:
-        return "resnet50", 224, 32
-    dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    grid = int((state["pos_embed"].shape[1] - 1) ** 0.5)
-    return next((name for name, a in ARCHITECTURES.items() if (a["dim"], a.get("depth")) == (dim, depth)), None), grid * patch_size, patch_size
-
-
-def _count(keys):
-    """Top-level names and how many keys each: `head (8), predictor (2)`."""
-    names = [key.split(".")[0] for key in keys]
-    return ", ".join(f"{name} ({names.count(name)})" for name in dict.fromkeys(names))

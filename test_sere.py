@@ -1,4 +1,5 @@
-"""One check per claim, in the files' order: sampler, distributed, relations, augment, baselines, ablations, model, data, evaluate, visualize, train.
+"""One check per claim, in the files' order: sampler, distributed, relations, augment, baselines, ablations, model, weights,
+data, optim, evaluate, finetune, segment, visualize, train.
 
     python -m pytest
 
@@ -37,11 +38,15 @@ import baselines
 import data
 import distributed
 import evaluate
+import finetune
 import model
+import optim
 import relations
 import sampler
+import segment
 import train
 import visualize
+import weights
 
 HERE = Path(__file__).parent
 torch.set_num_threads(2)
@@ -942,22 +947,22 @@ def test_photometric_compiles_without_a_graph_break():
     close(torch.compile(colours, fullgraph=True, backend="eager", dynamic=False)(images, rows), colours(images, rows))
 
 
-# --- weights from files
+# --- weights ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_saved_encoder_gives_the_same_features(tmp_path, capsys):
     _, _, student, teacher = networks()
     images = torch.randn(2, 3, 32, 32)
     torch.save(teacher.backbone.state_dict(), tmp_path / "backbone.pth")
-    loaded = model.load_encoder(tmp_path / "backbone.pth")
+    loaded = weights.load_encoder(tmp_path / "backbone.pth")
     assert torch.equal(loaded(images), teacher.backbone(images)) and loaded.patch_size == 8
-    assert "vit_nano, patch size 8, 32 px; matched 54 keys, dropped 0" in capsys.readouterr().out
+    assert "vit_nano, patch size 8, 3 heads, 32 px; matched 54 keys, dropped 0" in capsys.readouterr().out
 
     with torch.no_grad():
         student.backbone.cls_token.add_(1)
     torch.save({"student": student.state_dict(), "teacher": teacher.state_dict(), "step": 3}, tmp_path / "checkpoint.pth")
-    assert torch.equal(model.load_encoder(tmp_path / "checkpoint.pth")(images), teacher.backbone(images))
-    assert torch.equal(model.load_encoder(tmp_path / "checkpoint.pth", checkpoint_key="student")(images), student.backbone(images))
+    assert torch.equal(weights.load_encoder(tmp_path / "checkpoint.pth")(images), teacher.backbone(images))
+    assert torch.equal(weights.load_encoder(tmp_path / "checkpoint.pth", checkpoint_key="student")(images), student.backbone(images))
     assert "dropped 28: channel (10), head (8), spatial (10)" in capsys.readouterr().out
 
 
@@ -980,9 +985,53 @@ def released(kind, backbone):
 def test_released_files_are_read(kind, tmp_path, capsys):
     vit = model.build_encoder("vit_nano", 32, 8)
     torch.save(released(kind, vit.state_dict()), tmp_path / "released.pth")
-    loaded = model.load_encoder(tmp_path / "released.pth")
+    loaded = weights.load_encoder(tmp_path / "released.pth")
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), vit.state_dict().values()))
     assert re.search(r"dropped [12]: ", capsys.readouterr().out)
+
+
+def moco_file(vit, path):
+    """A training checkpoint of MoCo v3: its two encoders differ."""
+    heads = {"head.0.weight": torch.zeros(2, 2)}
+    state = {f"module.base_encoder.{k}": v for k, v in (vit.state_dict() | heads).items()}
+    state |= {f"module.momentum_encoder.{k}": v + 1 for k, v in (vit.state_dict() | heads).items()} | {"module.predictor.0.weight": torch.zeros(2, 2)}
+    torch.save({"epoch": 300, "arch": "vit_small", "state_dict": state, "optimizer": {}}, path)
+
+
+def test_moco_v3s_vit_small_has_12_heads_and_others_6(tmp_path, capsys):
+    """Shapes are the same, results are not."""
+    vit, images = model.build_encoder("vit_small", 32, 16), torch.randn(1, 3, 32, 32)
+    moco_file(vit, tmp_path / "moco.pth")
+    loaded = weights.load_encoder(tmp_path / "moco.pth")
+    assert loaded.heads == 12 and "12 heads" in capsys.readouterr().out
+    of_12 = model.build_encoder("vit_small", 32, 16, heads=12)
+    of_12.load_state_dict(vit.state_dict())
+    assert torch.equal(loaded(images), of_12(images)) and not torch.allclose(loaded(images), vit(images), atol=1e-3)    # the base encoder, which MoCo v3 evaluates
+    momentum = weights.load_encoder(tmp_path / "moco.pth", checkpoint_key="teacher")
+    assert momentum.heads == 12 and torch.equal(momentum.cls_token, vit.cls_token + 1)
+    torch.save(loaded.state_dict(), tmp_path / "anew.pth")    # its origin is gone
+    assert weights.load_encoder(tmp_path / "anew.pth").heads == 6 and weights.load_encoder(tmp_path / "anew.pth", heads=12).heads == 12
+    with pytest.raises(ValueError, match="vit_small can't have 7 heads"):
+        weights.load_encoder(tmp_path / "anew.pth", heads=7)
+
+
+def test_mae_files_are_read(tmp_path):
+    vit = model.build_encoder("vit_nano", 32, 8)
+    extra = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 17, 8), "decoder_blocks.0.norm1.weight": torch.zeros(8)}
+    torch.save({"model": vit.state_dict() | extra}, tmp_path / "mae.pth")
+    assert torch.equal(weights.load_encoder(tmp_path / "mae.pth").pos_embed, vit.pos_embed)
+    tuned = {("fc_norm." + name[5:] if name.startswith("norm.") else name): value for name, value in vit.state_dict().items()}
+    torch.save({"model": tuned | {"head.weight": torch.zeros(10, 96)}}, tmp_path / "tuned.pth")
+    assert torch.equal(weights.load_encoder(tmp_path / "tuned.pth").norm.weight, vit.norm.weight)
+
+
+def test_export_is_a_plain_state_dict(tmp_path, capsys):
+    vit = model.build_encoder("vit_nano", 32, 8)
+    torch.save({"teacher": {f"module.backbone.{name}": value for name, value in vit.state_dict().items()}}, tmp_path / "checkpoint.pth")
+    evaluate.main(["export", "--pretrained_weights", str(tmp_path / "checkpoint.pth"), "--output", str(tmp_path / "out.pth")])
+    plain = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert list(plain) == list(vit.state_dict()) and all(torch.equal(plain[name], value) for name, value in vit.state_dict().items())
+    assert "54 keys" in capsys.readouterr().out
 
 
 class Malicious:
@@ -994,24 +1043,24 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"teacher": Malicious()}, "evil.pth")
     with pytest.raises(ValueError, match="evil.pth .* not loaded"):
-        model.load_encoder("evil.pth")
+        weights.load_encoder("evil.pth")
     assert not Path("was_run").exists()
 
 
 def test_weights_of_another_architecture_name_keys_and_shapes(tmp_path):
     torch.save(model.build_encoder("vit_nano", 32, 8).state_dict(), tmp_path / "nano.pth")
     with pytest.raises(ValueError, match=r"nano.pth does not fit vit_tiny: cls_token is \(1, 1, 96\), not \(1, 1, 192\)"):
-        model.load_encoder(tmp_path / "nano.pth", arch="vit_tiny")
+        weights.load_encoder(tmp_path / "nano.pth", arch="vit_tiny")
     torch.save({"layer1.0.conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pth")
     with pytest.raises(ValueError, match="no ViT.*layer1.0.conv1.weight"):
-        model.load_encoder(tmp_path / "resnet.pth")
+        weights.load_encoder(tmp_path / "resnet.pth")
     for content in ("hello", ""):
         (tmp_path / "text.pth").write_text(content)
         with pytest.raises(ValueError, match="text.pth is damaged"):
-            model.load_encoder(tmp_path / "text.pth")
+            weights.load_encoder(tmp_path / "text.pth")
     torch.save({1: torch.zeros(1), "args": "text", "blocks.x.y": torch.zeros(1)}, tmp_path / "odd.pth")
     with pytest.raises(ValueError, match="odd.pth holds no ViT"):
-        model.load_encoder(tmp_path / "odd.pth")
+        weights.load_encoder(tmp_path / "odd.pth")
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -1119,6 +1168,45 @@ def test_torchvision_sets_by_name(name, train_split, val_split, monkeypatch):
     monkeypatch.setattr(data.datasets, {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}[name], offline)
     with pytest.raises(FileNotFoundError, match=f"{name} .* no route to host"):
         data.build_dataset(name, "val")
+
+
+def masked_folder(root, number=6):
+    """train/ and val/ with images/ and masks/: class 1 where an image is bright, 2 at its left edge, 9 (void) at its right one."""
+    for split in ("train", "val"):
+        for part in ("images", "masks"):
+            (root / split / part).mkdir(parents=True)
+        for i in range(number):
+            mask = np.zeros((40, 48 + i), dtype=np.uint8)
+            mask[10 + i : 30, 15:35] = 1
+            image = np.repeat((mask[..., None] * 200 + 20).astype(np.uint8), 3, axis=2)
+            mask[:, :4], mask[:, -4:] = 2, 9
+            image[:, :4] = (0, 255, 0)
+            Image.fromarray(image).save(root / split / "images" / f"{i}.png")
+            Image.fromarray(mask).save(root / split / "masks" / f"{i}.png")
+    return root
+
+
+def test_images_with_masks(tmp_path):
+    folder = masked_folder(tmp_path / "images")
+    pairs = data.build_segmentation(folder, "train", ignore_index=9)
+    image, mask = pairs[3]
+    assert image.shape[1:] == mask.shape == (40, 51) and image.dtype == mask.dtype == torch.uint8
+    assert mask.unique().tolist() == [0, 1, 2, 255] and data.count_classes(pairs) == 3
+    assert data.count_classes(data.build_segmentation(folder, "train")) == 10    # if 9 is a class
+    paper, paper_mask = data.build_segmentation("shapes", "val")[0]
+    assert paper.shape == (3, 64, 64) and torch.equal(paper_mask.bool(), data.Shapes("val").mask(0))
+
+    with pytest.raises(OSError, match="neither shapes nor voc, nor has it a folder test/images"):
+        data.build_segmentation(folder, "test")
+    Image.new("RGB", (48, 40)).save(folder / "val/masks/0.png")
+    with pytest.raises(OSError, match=r"0.png is no mask of class indices: it is RGB"):
+        data.build_segmentation(folder, "val")[0]
+    Image.new("L", (8, 8)).save(folder / "val/masks/1.png")
+    with pytest.raises(OSError, match="differ in size"):
+        data.build_segmentation(folder, "val")[1]
+    (folder / "val/masks/2.png").unlink()
+    with pytest.raises(OSError, match=r"2.png has no mask in"):
+        data.build_segmentation(folder, "val")
 
 
 def test_shapes_are_deterministic_balanced_and_have_masks():
@@ -1254,6 +1342,214 @@ def test_linear_probes_train_side_by_side_as_if_alone(tmp_path, monkeypatch):
     assert [row[0] for row in rows] == rates and rows[0][1] == pytest.approx(float(on_held)) and rows[chosen][1] == max(row[1] for row in rows)
 
 
+# --- optim ------------------------------------------------------------------------------------------------------------
+
+
+def test_layer_wise_rates():
+    """MAE's and BEiT's: embeddings 0, block i is layer i + 1, final norm and head the top."""
+    vit = tiny_vit()
+    groups = optim.layer_groups(vit, nn.Linear(12, 5), 0.5, 0.05)
+    scales = {name: group["scale"] for group in groups for name in group["names"]}
+    assert {name for name in scales} == {f"encoder.{n}" for n, _ in vit.named_parameters()} | {"head.weight", "head.bias"}
+    expected = {"encoder.cls_token": 0.125, "encoder.pos_embed": 0.125, "encoder.patch_embed.proj.weight": 0.125, "encoder.blocks.0.attn.qkv.weight": 0.25,
+                "encoder.blocks.0.norm1.bias": 0.25, "encoder.blocks.1.mlp.fc2.weight": 0.5, "encoder.norm.weight": 1.0, "head.weight": 1.0, "head.bias": 1.0}
+    assert {name: scales[name] for name in expected} == expected
+    decays = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    assert {name for name, decay in decays.items() if decay == 0} == {n for n in decays if n.endswith("bias") or "norm" in n or n in ("encoder.cls_token", "encoder.pos_embed")}
+    assert set(decays.values()) == {0, 0.05} and sum(len(group["params"]) for group in groups) == len(scales)
+    assert [name for group in optim.layer_groups(vit.requires_grad_(False), nn.Linear(12, 5), 0.5, 0.05) for name in group["names"]] == ["head.bias", "head.weight"]
+
+    resnet = optim.layer_groups(model.build_encoder("resnet50"), nn.Linear(2048, 5), 0.5, 0.05)
+    scales = {name: group["scale"] for group in resnet for name in group["names"]}
+    assert [scales[f"encoder.{name}"] for name in ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.2.bn3.bias")] == [1 / 32, 1 / 32, 1 / 16, 1 / 2]
+
+
+# --- finetune ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_shares_are_drawn_from_each_class_or_listed(tmp_path):
+    images = data.build_dataset(image_folder(tmp_path, 20, 2), "train")
+    share = finetune.training_share(images, 0.3, seed=1)
+    assert images.labels[share].bincount().tolist() == [3, 3] and share == finetune.training_share(images, 0.3, seed=1) != finetune.training_share(images, 0.3, seed=2)
+    assert images.labels[finetune.training_share(images, 0.001)].tolist() == [0, 1]    # one of each at least
+    assert finetune.training_share(images) == list(range(20))
+    listed = finetune.training_share(images, names=["class1/3.png", "0.png"])
+    assert [Path(images.path(i)).name for i in listed] == ["3.png", "0.png"]
+    with pytest.raises(OSError, match="1 of 2 files of the list are not among the training images, x.png the first"):
+        finetune.training_share(images, names=["0.png", "x.png"])
+
+
+def test_classification_loss_smooths_and_mixes():
+    images, labels, seen = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 1]), []
+    logits = torch.randn(4, 3)
+    plain = finetune.classification_loss(3, 0.1, 0.0, 0.0)(lambda x: seen.append(x) or logits, images, labels)
+    targets = 0.9 * F.one_hot(labels, 3) + 0.1 / 3
+    close(plain, -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean())
+    close(seen[0], v2.functional.normalize(images, augment.MEAN, augment.STD))
+    mixed = finetune.classification_loss(3, 0.0, 0.8, 0.0)
+    mixed(lambda x: seen.append(x) or logits, images, labels)
+    share = ((seen[1] - seen[0].roll(1, 0)) / (seen[0] - seen[0].roll(1, 0))).mean(dim=(1, 2, 3))    # x' = share x + (1 - share) of its neighbour
+    assert 0 < share[0] < 1
+    close(share, share[0].expand(4), rtol=1e-3)
+    changed = []
+    finetune.classification_loss(3, 0.0, 0.0, 1.0)(lambda x: changed.append(x != seen[0]) or logits, images, labels)
+    assert changed[0].any() and all(torch.equal(c[0], c[1]) for c in changed[0])    # cutmix: a rectangle, the same in all channels
+
+
+def fit_arguments(**rest):
+    return argparse.Namespace(**(dict(epochs=3, warmup_epochs=1, lr=0.05, min_lr=1e-6, layer_decay=0.5, weight_decay=0.05, seed=0) | rest))
+
+
+def test_fit_goes_on_after_a_kill_and_ends_the_same(tmp_path):
+    images = data.Transformed(data.build_dataset(image_folder(tmp_path / "images"), "train"), finetune.augmentation(32), list(range(16)))
+
+    def fitted(path, stop_after=None):
+        torch.manual_seed(5)
+        classifier = finetune.Classifier(tiny_vit(drop_path_rate=0.2), 2)
+        loss, calls = finetune.classification_loss(2, 0.1, 0.8, 1.0), []
+
+        def counted(*args):
+            calls.append(1)
+            if stop_after and len(calls) > stop_after:
+                raise KeyboardInterrupt
+            return loss(*args)
+
+        finetune.fit(classifier, counted, finetune.loader_of(images, 4, 0, torch.device("cpu"), shuffle=True), fit_arguments(), torch.device("cpu"), path, {"x": 1})
+        return classifier
+
+    whole = fitted(tmp_path / "whole.pth")
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path / "parts.pth", stop_after=6)    # in the second of three epochs of 4 steps
+    parts = fitted(tmp_path / "parts.pth")
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values()))
+    with pytest.raises(OSError, match="other arguments: x was 1, is 2"):
+        finetune.fit(whole, None, finetune.loader_of(images, 4, 0, torch.device("cpu"), shuffle=True), fit_arguments(), torch.device("cpu"), tmp_path / "whole.pth", {"x": 2})
+
+
+def test_fit_gives_each_layer_its_rate(tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(sorted({group["lr"] for group in self.param_groups})))
+    images = data.Transformed(data.build_dataset(image_folder(tmp_path / "images"), "train"), finetune.augmentation(32), list(range(16)))
+    finetune.fit(finetune.Classifier(tiny_vit(), 2), finetune.classification_loss(2, 0.1, 0, 0), finetune.loader_of(images, 8, 0, torch.device("cpu"), shuffle=True),
+                 fit_arguments(), torch.device("cpu"), tmp_path / "x.pth", {})
+    top = optim.cosine_schedule(0.05 * 8 / 256, 1e-6, 6, 2)
+    assert len(rates) == 6
+    for expected, actual in zip(top.tolist(), rates):
+        assert actual == pytest.approx(sorted({expected * 0.5**d for d in range(4)}))
+
+
+def test_top_accuracies_by_hand(tmp_path):
+    images = data.build_dataset(image_folder(tmp_path, 14, 7, classes=7), "val")
+    ranking = torch.stack([torch.arange(7.0).roll(i) for i in range(7)])    # image i of class i: its class comes in place 7 - ...
+    calls = iter(ranking.split(4))
+    top1, top5 = finetune.top_accuracies(lambda x: next(calls), images, 32, torch.device("cpu"), 4, 0)
+    places = [(row > row[i]).sum().item() for i, row in enumerate(ranking[:, :])]
+    assert top1 == pytest.approx(100 * np.mean([p < 1 for p in places])) and top5 == pytest.approx(100 * np.mean([p < 5 for p in places]))
+
+
+# --- segment ----------------------------------------------------------------------------------------------------------
+
+
+def test_segmenter_is_a_1x1_convolution_on_normed_patches():
+    segmenter, images = segment.Segmenter(tiny_vit(drop_path_rate=0.5), 5, frozen=True), torch.randn(2, 3, 32, 48)
+    logits = segmenter.train()(images)
+    patches = segmenter.encoder.norm(segmenter.encoder.eval()(images))[:, 1:]    # no stochastic depth in a frozen encoder
+    expected = patches @ segmenter.head.weight.T + segmenter.head.bias
+    close(logits, expected.mT.unflatten(-1, (4, 6)), atol=1e-5)
+    logits.sum().backward()
+    assert [name for name, p in segmenter.named_parameters() if p.grad is not None] == ["head.weight", "head.bias"]
+    tuned = segment.Segmenter(tiny_vit(), 5, frozen=False)
+    tuned(images).sum().backward()
+    assert all(p.grad is not None for p in tuned.parameters())
+
+
+def test_an_image_and_its_mask_are_cut_alike():
+    """The mask is a threshold of the image, before and after."""
+    ramp = torch.arange(240, dtype=torch.uint8).expand(3, 200, 240).contiguous()
+    class Ramp(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+        def __getitem__(self, i):
+            return ramp, (ramp[0] > 120).to(torch.uint8)
+
+    crops, mirrored = segment.Crops(Ramp(), 64, (0.25, 1.0)), set()
+    for _ in range(10):
+        image, mask = crops[0]
+        assert image.shape == (3, 64, 64) and mask.shape == (64, 64) and mask.dtype == torch.uint8
+        assert ((image[0] > 120) != (mask > 0)).float().mean() < 0.04    # two pixels a row at the edge: nearest against bicubic
+        mirrored.add(bool(image[0, 0, 0] > image[0, 0, -1]))
+    assert mirrored == {True, False}
+
+
+def test_segmentation_loss_ignores_what_is_ignored():
+    logits, masks = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 8, 8), dtype=torch.uint8)
+    masks[0, :4] = 255
+    value = segment.segmentation_loss(lambda x: logits, torch.rand(2, 3, 8, 8), masks)
+    large = F.interpolate(logits, size=(8, 8), mode="bilinear", align_corners=False)
+    terms = [F.cross_entropy(large[b, :, y, x], masks[b, y, x].long()) for b, y, x in np.ndindex(2, 8, 8) if masks[b, y, x] != 255]
+    close(value, torch.stack(terms).mean())
+    assert segment.segmentation_loss(lambda x: logits, torch.rand(2, 3, 8, 8), torch.full_like(masks, 255)) == 0
+
+
+def test_scores_equal_loops():
+    prediction, mask = torch.randint(0, 4, (20, 30)), torch.randint(0, 4, (20, 30)).to(torch.uint8)
+    mask[:3] = 255
+    prediction[prediction == 2] = 1    # a class that is there and never found; class 4 of 5 is neither
+    values = segment.scores(segment.confusion(prediction, mask, 5))
+    pixels = [(int(t), int(p)) for t, p in zip(mask.flatten(), prediction.flatten()) if t != 255]
+    iou, acc = [], []
+    for k in range(5):
+        union = sum(t == k or p == k for t, p in pixels)
+        if union:
+            iou.append(sum(t == k and p == k for t, p in pixels) / union)
+        if any(t == k for t, _ in pixels):
+            acc.append(sum(t == k and p == k for t, p in pixels) / sum(t == k for t, _ in pixels))
+    precision = sum(t > 0 and p > 0 for t, p in pixels) / sum(p > 0 for _, p in pixels)
+    recall = sum(t > 0 and p > 0 for t, p in pixels) / sum(t > 0 for t, _ in pixels)
+    expected = {"mIoU": np.mean(iou), "mAcc": np.mean(acc), "pixel_accuracy": np.mean([t == p for t, p in pixels]),
+                "foreground_F": 1.3 * precision * recall / (0.3 * precision + recall)}
+    assert values == pytest.approx({name: 100 * value for name, value in expected.items()}) and len(iou) == 4
+
+
+class PatchMeans(nn.Module):
+    """An encoder whose patches know nothing of each other: their mean colour."""
+
+    patch_size, dim, norm = 8, 3, nn.Identity()
+
+    def forward(self, images):
+        patches = F.avg_pool2d(images, 8).flatten(2).mT
+        return torch.cat([patches[:, :1], patches], dim=1)
+
+
+@pytest.mark.parametrize("H, W", [(40, 52), (70, 33)])
+def test_sliding_windows_cover_an_image_of_any_size(H, W):
+    segmenter, image = segment.Segmenter(PatchMeans(), 4, frozen=True), torch.randint(0, 256, (3, H, W), dtype=torch.uint8)
+    whole = segment.predict(segmenter, image, 48)
+    assert whole.shape == (4, H, W)
+    for window in (16, 24, 48):
+        close(segment.predict(segmenter, image, 48, window), whole)
+    assert segment._starts(10, 4) == [0, 2, 4, 6] and segment._starts(4, 4) == [0]
+
+
+@pytest.mark.parametrize("task, flags", [
+    ("segment", ["--frozen", "--ignore_index", "9"]), ("segment", ["--ignore_index", "9", "--sliding", "--test_size", "48"]), ("finetune", ["--train_fraction", "0.5"]), ("linear", [])])
+def test_evaluation_tasks_from_the_command_line_and_again(task, flags, tmp_path, capsys):
+    folder = masked_folder(tmp_path / "images") if task == "segment" else image_folder(tmp_path / "images")
+    torch.save(model.build_encoder("vit_nano", 32, 8).state_dict(), tmp_path / "backbone.pth")
+    command = [task, "--pretrained_weights", str(tmp_path / "backbone.pth"), "--data_path", str(folder), "--epochs", "6", "--batch_size_per_gpu", "3", "--num_workers", "0",
+               "--json", str(tmp_path / "result.json"), *flags, *(["--lr", "0.5"] if "--frozen" in flags else [])]
+    result = evaluate.main(command)
+    said = capsys.readouterr().out
+    assert "6 epochs" in said and json.loads((tmp_path / "result.json").read_text())["epochs"] == 6
+    again = evaluate.main(command)    # finished: measured anew, not trained anew
+    assert again == result
+    if "--frozen" in flags:
+        assert result["classes"] == 3 and result["mIoU"] > 40    # bright, or green, or neither
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*command, "--seed", "1"])
+    assert "seed was 0, is 1. Use another --output_dir" in stopped.value.code
+
+
 # --- visualize --------------------------------------------------------------------------------------------------------
 
 
@@ -1274,6 +1570,70 @@ def test_attention_picture_has_a_row_an_image_and_a_tile_a_head(tmp_path):
     visualize.draw_attention(tmp_path / "attention.png", tiny_vit(), torch.randn(2, 3, 32, 32))
     width, height = Image.open(tmp_path / "attention.png").size
     assert (width, height) == (4 * 192 + 5 * 4, 2 * 192 + 3 * 4)
+
+
+def test_kept_attention_is_the_smallest_set_with_that_mass():
+    attention = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.7, 0.1, 0.1, 0.1]])
+    assert visualize.kept_attention(attention, 0.6).tolist() == [[False, True, False, True], [True, False, False, False]]
+    assert visualize.kept_attention(attention, 0.05).sum().item() == 2
+
+
+def test_overlaid_attention_has_the_colours_of_the_heads_that_look():
+    vit, images = tiny_vit(), torch.randn(2, 3, 32, 32)
+    attention = vit.get_last_selfattention(images)[:, :, 0, 1:]
+    attention = attention / attention.sum(dim=-1, keepdim=True)
+    kept = visualize.kept_attention(attention, 0.6)
+    pictures, originals = visualize.overlay_attention(vit, images), augment.denormalize(images)
+    colours = [torch.tensor(c) for c in ((1.0, 0.1, 0.1), (0.1, 1.0, 0.1), (0.1, 0.1, 1.0))]
+    for b, n in np.ndindex(2, 16):
+        patch = (slice(None), slice(n // 4 * 8, n // 4 * 8 + 8), slice(n % 4 * 8, n % 4 * 8 + 8))
+        heads = [m for m in range(3) if kept[b, m, n]]
+        expected = 0.4 * originals[b][patch]
+        if heads:
+            expected = 0.5 * originals[b][patch] + 0.5 * colours[max(heads, key=lambda m: attention[b, m, n])][:, None, None]
+        close(pictures[b][patch], expected)
+
+
+def test_self_relations_of_a_view_with_itself_do_not_differ():
+    vit, view, boxes = tiny_vit(), torch.randn(1, 4, 3, 32, 32), random_boxes(4)[None]
+    A_p, valid, A_c = visualize.self_relations(vit, view.repeat(2, 1, 1, 1, 1), boxes.repeat(2, 1, 1), 3, 4)
+    assert A_p.shape == (2, 4, 3, 16, 16) and A_c.shape == (2, 4, 12, 12) and valid.all()
+    close(A_p.sum(dim=-1), torch.ones(2, 4, 3, 16)), close(A_c.sum(dim=-1), torch.ones(2, 4, 12))
+    close(visualize.difference(A_p), torch.zeros(4)), close(visualize.difference(A_c), torch.zeros(4))
+    # aligned in the image, not in the view: of an encoder without a sense of place, a mirrored view's relations are the same
+    mirrored = torch.cat([view, view.flip(-1)])
+    boxes = torch.cat([boxes, boxes])
+    boxes[1, :, 4] = 1 - boxes[0, :, 4]
+    A_p, _, A_c = visualize.self_relations(PatchMeans(), mirrored, boxes, 3, 4)
+    close(visualize.difference(A_p), torch.zeros(4), atol=1e-5), close(visualize.difference(A_c), torch.zeros(4), atol=1e-5)
+    other = visualize.self_relations(vit, torch.randn(2, 4, 3, 32, 32), boxes, 3, 4)
+    assert visualize.difference(other[0]).min() > 0.01
+    close(visualize.difference(torch.eye(4)[None, None].repeat(2, 1, 1, 1) * torch.tensor([1.0, 0.0])[:, None, None, None]), torch.tensor([0.5]))
+
+
+def test_pictures_from_the_command_line(folder, tmp_path, capsys):
+    for name in ("a", "b"):
+        torch.save(model.build_encoder("vit_nano", 32, 8).state_dict(), tmp_path / f"{name}.pth")
+    both = ["--pretrained_weights", str(tmp_path / "a.pth"), str(tmp_path / "b.pth")]
+    visualize.main(["attention", *both, "--data_path", str(folder), "--output", str(tmp_path / "attention.png"), "--number", "3"])
+    assert Image.open(tmp_path / "attention.png").size == (3 * 196 + 4, 3 * 196 + 4)    # images, and a row a model
+    visualize.main(["relations", *both, "--data_path", str(folder), "--output", str(tmp_path / "relations.png"), "--number", "2", "--overlap", "4", "--num_workers", "0"])
+    assert Image.open(tmp_path / "relations.png").size == (5 * 196 + 4, 2 * 2 * 2 * 196 + 4)    # images, models, cells
+    result = visualize.main(["invariance", *both, "--data_path", str(folder), "--output", str(tmp_path / "invariance.png"), "--overlap", "4", "--num_workers", "0",
+                             "--json", str(tmp_path / "invariance.json")])
+    assert json.loads((tmp_path / "invariance.json").read_text())[both[1]]["spatial"] == result[both[1]][0] and 0 < result[both[2]][1] < 1
+    assert f"{both[1]}: spatial" in capsys.readouterr().out and (tmp_path / "invariance.png").exists()
+    alone = visualize.main(["invariance", "--pretrained_weights", both[2], "--data_path", str(folder), "--output", str(tmp_path / "i.png"), "--overlap", "4", "--num_workers", "0"])
+    assert alone[both[2]] == result[both[2]]    # all models see the same views
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data_path", "nowhere"], "neither a folder"), (["--images", "nothing.jpg"], "nothing.jpg can't be read"), (["--image_size", "30"], "not a multiple of the patch size 8")])
+def test_bad_input_to_visualize_gets_one_clear_line(flags, message, folder, tmp_path):
+    torch.save(model.build_encoder("vit_nano", 32, 8).state_dict(), tmp_path / "a.pth")
+    with pytest.raises(SystemExit) as stopped:
+        visualize.main(["attention", "--pretrained_weights", str(tmp_path / "a.pth"), "--output", str(tmp_path / "x.png"), "--data_path", str(folder), *flags])
+    assert stopped.value.code.startswith("visualize.py: error:") and message in stopped.value.code and "\n" not in stopped.value.code
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
@@ -1392,7 +1752,7 @@ def test_a_run_of_another_version_is_not_resumed(folder, tmp_path, capsys):
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     del checkpoint["arguments"]["baseline"]
     torch.save(checkpoint, tmp_path / "checkpoint.pth")
-    assert "was written by another version of train.py" in fails(capsys, folder, tmp_path)
+    assert "was written by another version of this program" in fails(capsys, folder, tmp_path)
 
 
 def test_other_training_arguments_for_the_same_folder_are_an_error(folder, tmp_path, capsys):
@@ -1412,7 +1772,7 @@ def test_other_training_arguments_for_the_same_folder_are_an_error(folder, tmp_p
 
     for garbage in (b"", b"text", before[:1000]):
         (output / "checkpoint.pth").write_bytes(garbage)
-        assert "checkpoint.pth is damaged, or no checkpoint of train.py" in fails(capsys, images, output)
+        assert "checkpoint.pth is damaged, or no checkpoint" in fails(capsys, images, output)
 
 
 @pytest.mark.parametrize("number, step", [(signal.SIGINT, 6), (signal.SIGTERM, 8)])    # 8 ends an epoch: its kNN is made up for
@@ -1615,7 +1975,7 @@ def test_every_recipe_trains_as_its_flags_say_and_resumes(flags, folder, tmp_pat
     optimizer = torch.load(tmp_path / "whole/checkpoint.pth", weights_only=True)["optimizer"]
     sgd = {"momentum_buffer"} if "resnet50" in flags else {"step", "exp_avg", "exp_avg_sq"}
     assert optimizer["state"][0].keys() == sgd and optimizer["param_groups"][0].get("momentum") == (0.9 if "resnet50" in flags else None)
-    encoder = model.load_encoder(tmp_path / "whole/checkpoint.pth")    # what was trained can be evaluated
+    encoder = weights.load_encoder(tmp_path / "whole/checkpoint.pth")    # what was trained can be evaluated
     teacher = torch.load(tmp_path / "whole/backbone.pth", weights_only=True)
     assert all(torch.equal(value, teacher[name]) for name, value in encoder.state_dict().items())
 
@@ -1656,6 +2016,61 @@ def test_teacher_temperatures_warm_up_by_epoch():
     temps = train.build_baseline(train.parse_args([*SMALL, "--data_path", "x", "--recipe", "ibot", "--epochs", "6", "--warmup_teacher_temp_epochs", "4",
                                                    "--teacher_temp", "0.07", "--warmup_teacher_patch_temp", "0.02", "--teacher_patch_temp", "0.05"])).teacher_temp
     close(temps, torch.tensor([[0.04, 0.02], [0.05, 0.03], [0.06, 0.04], [0.07, 0.05], [0.07, 0.05], [0.07, 0.05]]))
+
+
+def test_training_starts_from_a_file(tmp_path, capsys):
+    """Both networks, with position embeddings interpolated to the crops' grid; and MoCo v3's heads stay with the weights."""
+    vit = model.build_encoder("vit_nano", 64, 8)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    for recipe in ("dino", "ibot"):
+        _, _, student, teacher = networks(["--recipe", recipe, "--init_from", str(tmp_path / "vit.pth")])
+        for network in (student, teacher):
+            for name, value in vit.state_dict().items():
+                close(network.backbone.state_dict()[name], vit._position_embedding(4, 4) if name == "pos_embed" else value)
+    moco_file(model.build_encoder("vit_small", 32, 16), tmp_path / "moco.pth")
+    _, _, student, _ = networks(["--arch", "vit_small", "--patch_size", "16", "--init_from", str(tmp_path / "moco.pth")])
+    assert student.backbone.heads == student.backbone.blocks[0].attn.heads == 12
+
+
+def test_bad_weights_to_start_from_get_one_clear_line(folder, tmp_path, capsys):
+    torch.save(model.build_encoder("vit_nano", 64, 16).state_dict(), tmp_path / "vit.pth")
+    assert "vit.pth has a patch size of 16, not --patch_size 8" in fails(capsys, folder, tmp_path / "run", "--init_from", tmp_path / "vit.pth")
+    assert "does not fit vit_tiny" in fails(capsys, folder, tmp_path / "run", "--init_from", tmp_path / "vit.pth", "--arch", "vit_tiny", "--relation_heads", 3)
+    assert "No such file" in fails(capsys, folder, tmp_path / "run", "--init_from", tmp_path / "nothing.pth")
+
+
+def test_heads_are_remembered_by_the_checkpoint_and_by_the_last_line(folder, tmp_path, capsys):
+    run(folder, tmp_path, "--heads", 6, "--epochs", 2, "--knn_every", 0)
+    assert f"{tmp_path}/backbone.pth --heads 6 --data_path" in capsys.readouterr().out
+    assert weights.load_encoder(tmp_path / "checkpoint.pth").heads == 6
+
+
+def test_tensorboard_gets_what_the_log_has(folder, tmp_path, capsys, monkeypatch):
+    written, pictures = [], []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            assert folder == tmp_path / "run/tensorboard"
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step, value))
+
+        def add_image(self, name, picture, step, dataformats):
+            pictures.append((name, step, picture.shape[2]))
+
+        def flush(self):
+            pass
+
+    fake = type(sys)("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    run(folder, tmp_path / "run", "--tensorboard", "--epochs", 2)
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    expected = [(f"{line['kind']}/{name}", line["step"], value) for line in lines for name, value in line.items() if name not in ("kind", "step") and value is not None]
+    assert written == expected and ("epoch/kNN", 0) in {(name, step) for name, step, _ in written}
+    assert pictures == [("views", 0, 3), ("attention", 8, 3)]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)    # not installed
+    assert "--tensorboard needs it installed: pip install tensorboard" in fails(capsys, folder, tmp_path / "other", "--tensorboard")
 
 
 def test_a_fixed_patch_projection_stays_as_drawn(folder, tmp_path):

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -31,13 +32,16 @@ from tqdm import tqdm
 from ablations import BatchRelationLoss, DINOPlusLoss
 from augment import BOX, BlockMask, MultiCrop, Photometric, collate, normalize
 from baselines import DINOHead, DINOLoss, IBOTHead, IBOTLoss, MoCoHead, MoCoLoss, NoLoss
-from data import NAMES, Batches, Readable, ViewsOfImages, build_dataset, ignore_signals, labelled
+from checkpoint import Log, find_checkpoint, save, stop_requests
+from data import NAMES, Batches, Readable, ViewsOfImages, build_dataset, evaluation_crop, ignore_signals, labelled
 from distributed import Processes, average_over_processes
-from evaluate import evaluation_crop, knn_accuracy
+from evaluate import knn_accuracy
 from model import ARCHITECTURES, Network, build_encoder, update_teacher
+from optim import clip_gradients, cosine_schedule, parameter_groups
 from relations import RelationHead, SelfRelationLoss, spatial_relation
 from sampler import overlap
 from visualize import draw_attention, draw_views
+from weights import load_encoder
 
 # --- command line -----------------------------------------------------------------------------------------------------
 
@@ -73,7 +77,7 @@ TERMS = ("loss", "L_I", "L_p", "L_c")
 
 # A run may be resumed with other values of these.
 NOT_TRAINING = {
-    "output_dir", "overwrite", "num_workers", "max_steps", "checkpoint_steps", "knn_every", "log_every", "compile", "deterministic",
+    "output_dir", "overwrite", "num_workers", "max_steps", "checkpoint_steps", "knn_every", "log_every", "compile", "deterministic", "tensorboard",
 }
 
 USAGE = "train.py [--recipe NAME] [--data_path PATH] [--flag value ...]; --help lists the flags"
@@ -105,9 +109,12 @@ def parse_args(argv=None):
     flag(g, "checkpoint_steps", 0, "save every so many steps, besides once an epoch; 0: don't")
     flag(g, "knn_every", 5, "epochs between kNN evaluations, where there are labels; also before the first and after the last; 0: never")
     flag(g, "log_every", 10, "steps between lines of log.jsonl")
+    switch(g, "tensorboard", False, "write what log.jsonl holds, and the pictures, for TensorBoard too; needs `pip install tensorboard`")
     g = parser.add_argument_group("encoder")
     flag(g, "arch", "vit_small", "encoder", choices=list(ARCHITECTURES))
     flag(g, "patch_size", 16, "side of a patch in pixels; smaller is better and slower; resnet50's stride is 32")
+    flag(g, "init_from", None, "start both networks' encoder from this file: as evaluate.py's --pretrained_weights; mind a lower --lr", type=str)
+    flag(g, "heads", 0, "attention heads; 0: the architecture's, or those of --init_from (MoCo v3's ViT-S has 12)")
     flag(g, "drop_path_rate", 0.1, "ViT: stochastic depth of the student's last block, growing linearly with depth")
     switch(g, "stop_grad_conv1", False, "ViT: keep the patch projection as it was drawn, as MoCo v3 does for stability")
     g = parser.add_argument_group("self-relations (SERE)")
@@ -193,7 +200,7 @@ def find_fault(args):
         if getattr(args, name) < 1:
             return f"--{name} must be at least 1"
     for name in """seed max_steps checkpoint_steps knn_every num_workers local_crops_number alpha beta li_weight lr min_lr weight_decay
-            weight_decay_end clip_grad drop_path_rate warmup_epochs warmup_teacher_temp_epochs freeze_last_layer""".split():
+            weight_decay_end clip_grad drop_path_rate heads warmup_epochs warmup_teacher_temp_epochs freeze_last_layer""".split():
         if not getattr(args, name) >= 0:
             return f"--{name} can't be negative"
     if not (args.alpha or args.beta or args.li_weight):
@@ -247,109 +254,6 @@ def find_fault(args):
     return None
 
 
-# --- schedules and optimizer ------------------------------------------------------------------------------------------
-
-
-def cosine_schedule(base, final, steps, warmup=0, start=0.0):
-    """A value a step, (steps,): linear from `start` up to `base`, which step number `warmup` has, then by cosine to `final` in the last."""
-    rise = torch.linspace(start, base, warmup + 1, dtype=torch.float64)[:-1]
-    fall = torch.linspace(0, math.pi, steps - warmup, dtype=torch.float64)
-    return torch.cat([rise, final + 0.5 * (base - final) * (1 + fall.cos())])
-
-
-def parameter_groups(network):
-    """Two groups for the optimizer: weights, and what gets no weight decay (biases, norms and all else with one dimension)."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    return [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
-
-
-def clip_gradients(parameters, largest):
-    """Scale each parameter's own gradient to a norm of at most `largest`, as DINO does (not the norm of all together)."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    factors = [(largest / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(grads)]
-    torch._foreach_mul_(grads, factors)
-
-
-# --- stopping and going on --------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def stop_requests():
-    """A list that a SIGTERM or Ctrl-C is put into; a second one ends the process at once."""
-    requests, before = [], {}
-
-    def note(number, frame):
-        requests.append(number)
-        sys.stderr.write("\nstopping after this step, with a checkpoint; once more to stop at once\n")
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
-    try:
-        yield requests
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def save(state, path):
-    """torch.save that leaves either the old file or the new one, whole, whatever happens. Raises OSError."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":    # the new name has to reach the disk too
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except (OSError, RuntimeError) as error:    # PyTorch's writer turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({error}); the file from before, if there is one, is whole") from error
-
-
-def find_checkpoint(path, arguments):
-    """The checkpoint at `path`, or None. Raises OSError where it is damaged or comes from other training arguments."""
-    if not path.exists():
-        return None
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        before = checkpoint["arguments"]
-    except Exception as error:
-        raise OSError(f"{path} is damaged, or no checkpoint of train.py. Use another --output_dir, or --overwrite") from error
-    if before.keys() != arguments.keys():
-        raise OSError(f"{path} was written by another version of train.py. Use another --output_dir, or --overwrite")
-    if before["recipe"] != arguments["recipe"]:
-        raise OSError(f"{path} is of a run with --recipe {before['recipe']}, not {arguments['recipe']}. Use another --output_dir, or --overwrite")
-    different = [f"{name} was {before[name]}, is {value}" for name, value in arguments.items() if before[name] != value]
-    if different:
-        raise OSError(f"{path} is of a run with other arguments: {'; '.join(different)}. Use another --output_dir, or --overwrite")
-    return checkpoint
-
-
-class Log:
-    """log.jsonl, a JSON object a line, its kind "step" (values of that step) or "epoch" (means over it). Lines after
-    `step`, of a run that was cut off later than its checkpoint, are removed, and so is what is no such line."""
-
-    def __init__(self, path, step):
-        kept, self.epochs = [], set()    # epochs: the steps at whose end an epoch has its line
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError, TypeError, KeyError):    # a line cut short by a kill
-                values = json.loads(line)
-                if 0 < step >= values["step"]:
-                    kept.append(line + "\n")
-                    self.epochs |= {values["step"]} if values["kind"] == "epoch" else set()
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
-        self.file = open(path, "a", buffering=1)
-
-    def write(self, **values):
-        self.file.write(json.dumps(values) + "\n")
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -394,12 +298,24 @@ def build_relation_loss(args):
 
 
 def build_networks(args, baseline):
-    """(student, teacher) with the same weights; the student with h and g for each resolution, the teacher with h for global views."""
+    """(student, teacher) with the same weights; the student with h and g for each resolution, the teacher with h for global views.
+
+    Raises ValueError where --init_from does not fit, OSError where it can't be read.
+    """
+    initial = load_encoder(args.init_from, args.arch, heads=args.heads, image_size=args.global_crops_size) if args.init_from else None
+    if initial and initial.patch_size != args.patch_size:
+        raise ValueError(f"{args.init_from} has a patch size of {initial.patch_size}, not --patch_size {args.patch_size}")
+    heads = args.heads or (initial and initial.heads)
 
     def network(student):
-        backbone = build_encoder(args.arch, args.global_crops_size, args.patch_size, args.drop_path_rate if student else 0.0, masked=student and baseline.mask is not None)
+        backbone = build_encoder(
+            args.arch, args.global_crops_size, args.patch_size, args.drop_path_rate if student else 0.0, student and baseline.mask is not None, heads
+        )
+        if initial:
+            backbone.load_state_dict(backbone.state_dict() | initial.state_dict())
         if args.stop_grad_conv1:
-            torch.nn.init.xavier_uniform_(backbone.patch_embed.proj.weight.flatten(1))    # MoCo v3's: it stays, so its scale matters
+            if not initial:
+                torch.nn.init.xavier_uniform_(backbone.patch_embed.proj.weight.flatten(1))    # MoCo v3's: it stays, so its scale matters
             backbone.patch_embed.requires_grad_(False)
         head = baseline.head(backbone.dim, student)
         resolutions = 2 if student and args.local_crops_number else 1
@@ -479,7 +395,11 @@ def train(args, processes, requests):
     # --- networks, losses, optimizer
     torch.manual_seed(args.seed)
     baseline = build_baseline(args)
-    student, teacher = (network.to(device) for network in build_networks(args, baseline))
+    try:
+        student, teacher = (network.to(device) for network in build_networks(args, baseline))
+    except ValueError as error:
+        raise OSError(f"--init_from {error}") from error
+    args.heads = student.backbone.heads    # goes into the checkpoint: shapes don't tell
     embedding_loss, relation_loss = baseline.loss.to(device), build_relation_loss(args)
     photometric = Photometric()
     last_layer = [parameter for name, parameter in student.named_parameters() if "last_layer" in name]
@@ -522,8 +442,10 @@ def train(args, processes, requests):
     if main_process:
         for name in ("checkpoint.pth", "backbone.pth", "views.png", "attention.png") if args.overwrite else ():
             (output / name).unlink(missing_ok=True)
+        if args.overwrite:
+            shutil.rmtree(output / "tensorboard", ignore_errors=True)
         (output / "args.json").write_text(json.dumps(describe(args, processes, effective_batch, top_lr), indent=2) + "\n")
-    log = Log(output / "log.jsonl", step) if main_process else None
+    log = Log(output / "log.jsonl", step, args.tensorboard) if main_process else None
     kinds = f"{images.classes} classes" if len(labelled(images)) else "no labels"
     summands = [(args.li_weight, f"L_I({args.baseline})"), (args.alpha, "L_p"), (args.beta, "L_c")]
     say(f"{args.recipe}: {args.arch}/{args.patch_size}, L = {' + '.join(f'{weight:g} {name}' for weight, name in summands if weight)}")
@@ -611,6 +533,7 @@ def train(args, processes, requests):
             views, boxes, mask = colour(batch, photometric, device)
             if step == 0 and micro_step == 0 and main_process:
                 draw_views(output / "views.png", [v[:, :4].cpu() for v in views], boxes[:, :4].cpu(), (args.overlap_global, args.overlap_local))
+                log.picture(output / "views.png", step)
 
             # gradients are averaged over processes once a step, in its last backward pass
             synchronized = micro_step == args.grad_accum_steps - 1 or not processes.distributed
@@ -683,10 +606,12 @@ def train(args, processes, requests):
         return
     if main_process and hasattr(teacher.backbone, "get_last_selfattention"):    # a ResNet has none
         draw_attention_of(images if val is None else val, teacher.backbone, args.global_crops_size, device, output / "attention.png")
+        log.picture(output / "attention.png", step)
     if step < steps:
         say(f"stopped at step {step} of {steps}, as --max_steps {args.max_steps} says; the same command with a larger one, or without, goes on")
     elif len(labelled(images)):
-        say(f"done. What it is worth: python evaluate.py knn --pretrained_weights {output}/backbone.pth --data_path {args.data_path}")
+        heads = "" if args.heads == ARCHITECTURES[args.arch].get("heads", 0) else f" --heads {args.heads}"
+        say(f"done. What it is worth: python evaluate.py knn --pretrained_weights {output}/backbone.pth{heads} --data_path {args.data_path}")
     else:
         say(f"done: {output}/backbone.pth")
 
