@@ -2167,11 +2167,11 @@ def test_commands_of_the_readme_are_understood():
     commands = [shlex.split(line, comments=True) for block in re.findall(r"```(?:sh)?\n(.*?)```", text, re.S) for line in block.splitlines()]
     checked = 0
     for command in commands:
-        for program, parse in (("train.py", train.parse_args), ("evaluate.py", evaluate.parse_args)):
+        for program, parse in (("train.py", train.parse_args), ("evaluate.py", evaluate.parse_args), ("visualize.py", visualize.parse_args)):
             if program in command:
                 parse(command[command.index(program) + 1 :])
                 checked += 1
-    assert checked >= 6
+    assert checked >= 15
 
 
 # --- processes: the only three tests that start some ------------------------------------------------------------------

@@ -4,8 +4,8 @@
     python train.py --data_path /path/to/imagenet              the paper's Sec. 4.1 (DINO + SERE)
     torchrun --standalone --nproc_per_node=8 train.py --data_path /path/to/imagenet
 
-The same command again goes on where the last one stopped. From the top: the command line with its recipes, the schedules,
-what stops and resumes a run, what is built, and the loop.
+The same command again goes on where the last one stopped. From the top: the command line with its recipes, what is built
+of it, and the loop.
 """
 
 import argparse
