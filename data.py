@@ -180,7 +180,11 @@ class ImagesWithMasks(torch.utils.data.Dataset):
             raise OSError(f"{path} can't be read as a mask: {error}") from error
         if mask.ndim != 2 or mask.dtype != torch.uint8:
             raise OSError(f"{path} is no mask of class indices: it is {file.mode}, not one channel of 8 bits (L) or a palette (P)")
-        return torch.where(mask == self.ignore_index, IGNORED, mask).to(torch.uint8)
+        mask = torch.where(mask == self.ignore_index, IGNORED, mask).to(torch.uint8)
+        largest = int(torch.where(mask == IGNORED, 0, mask).max())
+        if self.classes and largest >= self.classes:
+            raise OSError(f"{path} has class {largest}, but there are {self.classes} classes, from 0; is it the --ignore_index?")
+        return mask
 
     def __getitem__(self, index):
         image, mask = decode(self.images[index]), self.mask(index)
@@ -191,10 +195,7 @@ class ImagesWithMasks(torch.utils.data.Dataset):
 
 def count_classes(images):
     """1 + the largest class in the masks of a data set of build_segmentation."""
-    if images.classes is None:
-        largest = [int(torch.where(mask == IGNORED, 0, mask).max()) for mask in map(images.mask, range(len(images)))]
-        images.classes = 1 + max(largest)
-    return images.classes
+    return images.classes or 1 + max(int(torch.where(mask == IGNORED, 0, mask).max()) for mask in map(images.mask, range(len(images))))
 
 
 # --- for evaluation ---------------------------------------------------------------------------------------------------

@@ -254,7 +254,7 @@ def finetune_task(args, encoder, size, device, say):
 
 def segment_task(args, encoder, size, device, say):
     train, val = (build_segmentation(args.data_path, split, args.ignore_index) for split in ("train", args.val_split))
-    classes = args.classes or count_classes(train)
+    classes = train.classes = val.classes = args.classes or count_classes(train)
     args.lr = args.lr or (0.01 if args.frozen else 5e-4)
     model = Segmenter(encoder, classes, args.frozen).to(device)
     loader = loader_of(Crops(train, size, tuple(args.scale)), args.batch_size_per_gpu, args.num_workers, device, shuffle=True)

@@ -1196,6 +1196,9 @@ def test_images_with_masks(tmp_path):
     paper, paper_mask = data.build_segmentation("shapes", "val")[0]
     assert paper.shape == (3, 64, 64) and torch.equal(paper_mask.bool(), data.Shapes("val").mask(0))
 
+    pairs.classes = 2
+    with pytest.raises(OSError, match="0.png has class 2, but there are 2 classes"):
+        pairs[0]
     with pytest.raises(OSError, match="neither shapes nor voc, nor has it a folder test/images"):
         data.build_segmentation(folder, "test")
     Image.new("RGB", (48, 40)).save(folder / "val/masks/0.png")
