@@ -48,7 +48,7 @@ def save(state, path):
         raise OSError(f"{path} could not be written ({error}); the file from before, if there is one, is whole") from error
 
 
-def find_checkpoint(path, arguments):
+def find_checkpoint(path, arguments, remedy="Use another --output_dir, or --overwrite"):
     """The checkpoint at `path`, or None. Raises OSError where it is damaged or comes from other training arguments."""
     if not path.exists():
         return None
@@ -56,14 +56,14 @@ def find_checkpoint(path, arguments):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         before = checkpoint["arguments"]
     except Exception as error:
-        raise OSError(f"{path} is damaged, or no checkpoint. Use another --output_dir, or --overwrite") from error
+        raise OSError(f"{path} is damaged, or no checkpoint. {remedy}") from error
     if before.keys() != arguments.keys():
-        raise OSError(f"{path} was written by another version of this program. Use another --output_dir, or --overwrite")
+        raise OSError(f"{path} was written by another version of this program. {remedy}")
     if before.get("recipe") != arguments.get("recipe"):
-        raise OSError(f"{path} is of a run with --recipe {before['recipe']}, not {arguments['recipe']}. Use another --output_dir, or --overwrite")
+        raise OSError(f"{path} is of a run with --recipe {before['recipe']}, not {arguments['recipe']}. {remedy}")
     different = [f"{name} was {before[name]}, is {value}" for name, value in arguments.items() if before[name] != value]
     if different:
-        raise OSError(f"{path} is of a run with other arguments: {'; '.join(different)}. Use another --output_dir, or --overwrite")
+        raise OSError(f"{path} is of a run with other arguments: {'; '.join(different)}. {remedy}")
     return checkpoint
 
 

@@ -13,6 +13,7 @@ N images, C feature channels, K classes
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -153,10 +154,12 @@ def linear_accuracy(
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     first = 0
-    if checkpoint := path and find_checkpoint(path, arguments):
+    if checkpoint := path and find_checkpoint(path, arguments, "Use another --output_dir"):
         for name, part in (("probes", probes), ("optimizer", optimizer), ("schedule", schedule)):
             part.load_state_dict(checkpoint[name])
         first = checkpoint["epoch"]
+        if rank == 0:
+            print(f"{path}: going on after epoch {first} of {epochs}")
     network = DistributedDataParallel(probes) if processes > 1 else probes
 
     @torch.no_grad()
@@ -225,7 +228,7 @@ def linear_task(args, encoder, size, device, say):
     mean_patch = large if args.avgpool_patchtokens is None else args.avgpool_patchtokens
     rows, chosen = linear_accuracy(
         encoder.requires_grad_(False), train, val, size, device, args.epochs, args.lr, args.holdout, blocks, mean_patch, args.batch_size_per_gpu,
-        args.num_workers, args.seed, *resumable(args, size, train),
+        args.num_workers, args.seed, *resumable(args, encoder, size, labelled(train).tolist()),
     )
     features = f"class token of the last {blocks} block(s){' and mean patch' if mean_patch else ''}"
     say(f"linear, {features}, {size} px, {args.epochs} epochs, batch {args.batch_size_per_gpu * world()[1]}, final epoch, {args.data_path}")
@@ -240,11 +243,11 @@ def linear_task(args, encoder, size, device, say):
 
 def finetune_task(args, encoder, size, device, say):
     train, val = classified(args)
-    names = Path(args.train_list).read_text().split() if args.train_list else None
+    names = [line.strip() for line in Path(args.train_list).read_text().splitlines() if line.strip()] if args.train_list else None
     share = training_share(train, args.train_fraction, names, args.seed)
     model = Classifier(encoder, train.classes, bool(args.avgpool_patchtokens)).to(device)
     loader = loader_of(Transformed(train, augmentation(size), share), args.batch_size_per_gpu, args.num_workers, device, shuffle=True)
-    fit(model, classification_loss(train.classes, args.smoothing, args.mixup, args.cutmix), loader, args, device, *resumable(args, size, train))
+    fit(model, classification_loss(train.classes, args.smoothing, args.mixup, args.cutmix), loader, args, device, *resumable(args, encoder, size, share))
     top1, top5 = top_accuracies(model, val, size, device, args.batch_size_per_gpu, args.num_workers)
     say(f"finetune, {size} px, {len(share)} of {len(labelled(train))} training images of {args.data_path}, {args.epochs} epochs, batch "
         f"{args.batch_size_per_gpu * world()[1]}, lr {args.lr:g} per 256, layer decay {args.layer_decay}, final epoch")
@@ -258,8 +261,10 @@ def segment_task(args, encoder, size, device, say):
     args.lr = args.lr or (0.01 if args.frozen else 5e-4)
     model = Segmenter(encoder, classes, args.frozen).to(device)
     loader = loader_of(Crops(train, size, tuple(args.scale)), args.batch_size_per_gpu, args.num_workers, device, shuffle=True)
-    fit(model, segmentation_loss, loader, args, device, *resumable(args, size, train))
     test_size = args.test_size or round(size * 256 / 224)
+    if args.sliding and test_size < size:
+        raise ValueError(f"--sliding: windows of {size} do not fit into --test_size {test_size}")
+    fit(model, segmentation_loss, loader, args, device, *resumable(args, encoder, size, list(range(len(train)))))
     result, _ = evaluate_segmentation(model, val, test_size, size if args.sliding else None, device)
     say(f"segment, {'frozen' if args.frozen else f'fine-tuned, layer decay {args.layer_decay}'}, {len(train)} training images of {args.data_path} at {size} px, "
         f"{args.epochs} epochs, batch {args.batch_size_per_gpu * world()[1]}, lr {args.lr:g} per 256, final epoch")
@@ -269,22 +274,39 @@ def segment_task(args, encoder, size, device, say):
 
 
 def export_task(args, encoder, size, device, say):
-    save(encoder.cpu().state_dict(), Path(args.output))
+    if args.image_size and encoder.depth > 1:
+        encoder.resize(args.image_size)
+    if world()[0] == 0:
+        save(encoder.cpu().state_dict(), Path(args.output))
     names = "torchvision's resnet50 (but fc)" if encoder.depth == 1 else "timm's vit_*_patch* (num_classes=0) and DINO's"
     say(f"{args.output}: {len(encoder.state_dict())} keys, as in {names}; for both a strict load")
+    if encoder.heads != ARCHITECTURES[encoder_name(encoder)].get("heads", 0):
+        say(f"mind its {encoder.heads} heads, which the file does not tell: --heads {encoder.heads} here, num_heads={encoder.heads} there")
     return {"output": args.output}
 
 
 TASKS = {"knn": knn_task, "linear": linear_task, "finetune": finetune_task, "segment": segment_task, "export": export_task}
 
 
-def resumable(args, size, train):
-    """(file that a task's state goes to after every epoch, what a run that goes on from it must have in common)."""
-    folder = Path(args.output_dir or Path(args.pretrained_weights).absolute().parent / args.task)
-    folder.mkdir(parents=True, exist_ok=True)
+def encoder_name(encoder):
+    """Its name in ARCHITECTURES."""
+    return next(name for name, a in ARCHITECTURES.items() if a["dim"] == encoder.dim and a.get("depth", 1) == encoder.depth)
+
+
+def resumable(args, encoder, size, indices):
+    """(file that a task's state goes to after every epoch, what a run that goes on from it must have in common): the arguments, the
+    weights and which images are trained on. If not told where, a folder of its own for each such combination, beside the weights."""
     different = ("output_dir", "num_workers", "json", "test_size", "sliding", "val_split")    # of no consequence for what is trained
+    content = hashlib.sha256(repr(indices).encode())
+    for value in encoder.state_dict().values():
+        content.update(value.cpu().numpy().tobytes())
     arguments = {name: value for name, value in vars(args).items() if name not in different}
-    return folder / "checkpoint.pth", arguments | {"image_size": size, "images": len(train), "processes": world()[1]}
+    arguments |= {"image_size": size, "heads": encoder.heads, "weights and images": content.hexdigest()[:16], "processes": world()[1]}
+    weights = Path(args.pretrained_weights).absolute()
+    default = f"{weights.stem}-{args.task}-{hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]}"
+    folder = Path(args.output_dir or weights.parent / default)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "checkpoint.pth", arguments
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -312,7 +334,7 @@ def parse_args(argv=None):
     flag(data, "seed", "of what is random", 0, type=int)
     trained = argparse.ArgumentParser(add_help=False)
     flag(trained, "epochs", "passes over the training images", 100, type=int)
-    flag(trained, "output_dir", "where checkpoint.pth is written every epoch, from which the same command goes on; a folder beside the weights if not given")
+    flag(trained, "output_dir", "where checkpoint.pth is written every epoch, from which the same command goes on; if not given a folder beside the weights, of its own for each set of arguments")
     fitted = argparse.ArgumentParser(add_help=False, parents=[trained])
     flag(fitted, "warmup_epochs", "epochs of linear warm-up", 5, type=int)
     flag(fitted, "min_lr", "learning rate at the end, by cosine; not scaled", 1e-6, type=float)

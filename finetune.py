@@ -60,7 +60,7 @@ def fit(model, loss, loader, args, device, path, arguments):
     groups = layer_groups(model.encoder, model.head, args.layer_decay, args.weight_decay)
     optimizer = torch.optim.AdamW([{key: value for key, value in group.items() if key != "names"} for group in groups], lr=top_lr)
     first = 0
-    if checkpoint := find_checkpoint(path, arguments):
+    if checkpoint := find_checkpoint(path, arguments, "Use another --output_dir"):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["epoch"]
@@ -132,17 +132,26 @@ def classification_loss(classes, smoothing, mixup, cutmix):
 
 def training_share(images, fraction=1.0, names=None, seed=0):
     """Indices of the labelled images to train on: all, a fraction of each class (one at least) drawn with the seed, or those in
-    `names`, a list of files as in the published 1 % and 10 % lists: `n01440764_10026.JPEG`, with or without folders before it.
+    `names`, a list of files as in the published 1 % and 10 % lists: `n01440764_10026.JPEG`, with a folder before it where that alone is not unique.
 
-    Raises OSError where names has none, or one that is not there.
+    Raises OSError where names has none, one twice, one that is not there, or one that could be several.
     """
     indices = labelled(images)
     if names is not None:
-        where = {Path(images.path(i)).name: i for i in indices.tolist()}
-        missing = [name for name in names if Path(name).name not in where]
-        if missing or not names:
-            raise OSError(f"{len(missing)} of {len(names)} files of the list are not among the training images" + (f", {missing[0]} the first" if missing else ""))
-        return [where[Path(name).name] for name in names]
+        if not hasattr(images, "path"):
+            raise OSError("a list of files wants a folder of images")
+        where = {}
+        for i in indices.tolist():
+            parts = Path(images.path(i)).parts
+            for name in (parts[-1], "/".join(parts[-2:])):
+                where.setdefault(name, []).append(i)
+        found = [where.get("/".join(Path(name).parts[-2:]), where.get(name, [])) for name in names]
+        if faults := [name for name, places in zip(names, found) if len(places) != 1]:
+            raise OSError(f"{len(faults)} of {len(names)} files of the list are not among the training images, or not once, {faults[0]} the first")
+        share = [places[0] for places in found]
+        if not share or len(set(share)) < len(share):
+            raise OSError(f"the list has {len(share)} files, {len(set(share))} different ones")
+        return share
     order = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
     share = []
     for label in range(images.classes):

@@ -993,6 +993,8 @@ def test_released_files_are_read(kind, tmp_path, capsys):
 def moco_file(vit, path):
     """A training checkpoint of MoCo v3: its two encoders differ."""
     heads = {"head.0.weight": torch.zeros(2, 2)}
+    with torch.no_grad():
+        vit.pos_embed[:, 0] = 0    # its position embeddings are fixed sines and cosines, and 0 for the class token
     state = {f"module.base_encoder.{k}": v for k, v in (vit.state_dict() | heads).items()}
     state |= {f"module.momentum_encoder.{k}": v + 1 for k, v in (vit.state_dict() | heads).items()} | {"module.predictor.0.weight": torch.zeros(2, 2)}
     torch.save({"epoch": 300, "arch": "vit_small", "state_dict": state, "optimizer": {}}, path)
@@ -1009,8 +1011,16 @@ def test_moco_v3s_vit_small_has_12_heads_and_others_6(tmp_path, capsys):
     assert torch.equal(loaded(images), of_12(images)) and not torch.allclose(loaded(images), vit(images), atol=1e-3)    # the base encoder, which MoCo v3 evaluates
     momentum = weights.load_encoder(tmp_path / "moco.pth", checkpoint_key="teacher")
     assert momentum.heads == 12 and torch.equal(momentum.cls_token, vit.cls_token + 1)
-    torch.save(loaded.state_dict(), tmp_path / "anew.pth")    # its origin is gone
-    assert weights.load_encoder(tmp_path / "anew.pth").heads == 6 and weights.load_encoder(tmp_path / "anew.pth", heads=12).heads == 12
+    evaluate.main(["export", "--pretrained_weights", str(tmp_path / "moco.pth"), "--output", str(tmp_path / "anew.pth")])    # its origin is gone
+    assert "mind its 12 heads" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="as MoCo v3's ViT-S, whose 12 heads the shapes don't tell: give --heads 12"):
+        weights.load_encoder(tmp_path / "anew.pth")
+    assert weights.load_encoder(tmp_path / "anew.pth", heads=12).heads == 12
+    torch.save({"arguments": {"heads": 12}, "model": {f"encoder.{k}": v for k, v in loaded.state_dict().items()}}, tmp_path / "tuned.pth")
+    assert weights.load_encoder(tmp_path / "tuned.pth").heads == 12
+    torch.save(vit.state_dict() | {"reg_token": torch.zeros(1, 4, 384)}, tmp_path / "registers.pth")
+    with pytest.raises(ValueError, match="holds a ViT with reg_token"):
+        weights.load_encoder(tmp_path / "registers.pth")
     with pytest.raises(ValueError, match="vit_small can't have 7 heads"):
         weights.load_encoder(tmp_path / "anew.pth", heads=7)
 
@@ -1378,8 +1388,18 @@ def test_training_shares_are_drawn_from_each_class_or_listed(tmp_path):
     assert finetune.training_share(images) == list(range(20))
     listed = finetune.training_share(images, names=["class1/3.png", "0.png"])
     assert [Path(images.path(i)).name for i in listed] == ["3.png", "0.png"]
-    with pytest.raises(OSError, match="1 of 2 files of the list are not among the training images, x.png the first"):
-        finetune.training_share(images, names=["0.png", "x.png"])
+    for names, message in ((["0.png", "x.png"], "1 of 2 files of the list are not among the training images, or not once, x.png"), (["0.png", "0.png"], "2 files, 1 diff"), ([], "0 files")):
+        with pytest.raises(OSError, match=message):
+            finetune.training_share(images, names=names)
+    for label in (0, 1):    # names that are unique with their folder only
+        (tmp_path / f"same/train/class{label}").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / f"same/train/class{label}/a.png")
+    same = data.build_dataset(tmp_path / "same", "train")
+    assert same.labels[finetune.training_share(same, names=["train/class1/a.png"])].tolist() == [1]
+    with pytest.raises(OSError, match="or not once, a.png"):
+        finetune.training_share(same, names=["a.png"])
+    with pytest.raises(OSError, match="wants a folder"):
+        finetune.training_share(data.Shapes("train"), names=["a.png"])
 
 
 def test_classification_loss_smooths_and_mixes():
@@ -1397,6 +1417,17 @@ def test_classification_loss_smooths_and_mixes():
     changed = []
     finetune.classification_loss(3, 0.0, 0.0, 1.0)(lambda x: changed.append(x != seen[0]) or logits, images, labels)
     assert changed[0].any() and all(torch.equal(c[0], c[1]) for c in changed[0])    # cutmix: a rectangle, the same in all channels
+
+
+def test_classifier_and_its_augmentation():
+    vit, images = tiny_vit(), torch.randn(2, 3, 32, 32)
+    tokens = vit.norm(vit(images))
+    for mean_patch, features in ((False, tokens[:, 0]), (True, tokens[:, 1:].mean(dim=1))):
+        classifier = finetune.Classifier(vit, 5, mean_patch)
+        close(classifier(images), features @ classifier.head.weight.T + classifier.head.bias)
+    transforms = finetune.augmentation(32).transforms
+    assert [type(t) for t in transforms] == [v2.RandomResizedCrop, v2.RandomHorizontalFlip, v2.RandAugment, v2.RandomErasing]
+    assert transforms[2].magnitude == 9 and transforms[3].p == 0.25 and transforms[0].size == (32, 32)
 
 
 def fit_arguments(**rest):
@@ -1532,6 +1563,10 @@ def test_sliding_windows_cover_an_image_of_any_size(H, W):
     for window in (16, 24, 48):
         close(segment.predict(segmenter, image, 48, window), whole)
     assert segment._starts(10, 4) == [0, 2, 4, 6] and segment._starts(4, 4) == [0]
+    seen = []
+    segmenter.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
+    segment.predict(segmenter, image, 48, 16)
+    assert set(seen) == {(1, 3, 16, 16)} and len(seen) > 9    # windows, and many
 
 
 @pytest.mark.parametrize("task, flags", [
@@ -1548,9 +1583,16 @@ def test_evaluation_tasks_from_the_command_line_and_again(task, flags, tmp_path,
     assert again == result
     if "--frozen" in flags:
         assert result["classes"] == 3 and result["mIoU"] > 40    # bright, or green, or neither
+    assert "going on after epoch 6 of 6" in capsys.readouterr().out
+    folders = {path.parent for path in tmp_path.glob(f"backbone-{task}-*/checkpoint.pth")}
+    torch.manual_seed(9)
+    torch.save(model.build_encoder("vit_nano", 32, 8).state_dict(), tmp_path / "backbone.pth")    # other weights in the same place
+    evaluate.main(command)
+    assert "going on" not in capsys.readouterr().out and len(folders) == 1 < len(set(tmp_path.glob(f"backbone-{task}-*")))
+    (kept,) = folders
     with pytest.raises(SystemExit) as stopped:
-        evaluate.main([*command, "--seed", "1"])
-    assert "seed was 0, is 1. Use another --output_dir" in stopped.value.code
+        evaluate.main([*command, "--output_dir", str(kept), "--seed", "1"])
+    assert re.search("seed was 0, is 1; weights and images was .*, is .*. Use another --output_dir$", stopped.value.code)
 
 
 # --- visualize --------------------------------------------------------------------------------------------------------
@@ -1614,6 +1656,28 @@ def test_self_relations_of_a_view_with_itself_do_not_differ():
     close(visualize.difference(torch.eye(4)[None, None].repeat(2, 1, 1, 1) * torch.tensor([1.0, 0.0])[:, None, None, None]), torch.tensor([0.5]))
 
 
+def test_invariance_is_the_mean_over_views_that_overlap(monkeypatch):
+    A_c = torch.eye(4).expand(2, 3, 4, 4).clone()
+    A_c[1, 0] = A_c[1, 0].roll(1, dims=-1)    # as different as can be
+    A_p = A_c[:, :, None].clone()
+    A_p[1, 2] = A_p[1, 2].roll(1, dims=-1)
+    monkeypatch.setattr(visualize, "self_relations", lambda *_: (A_p, torch.tensor([True, True, False]), A_c))
+    batch = augment.Views([torch.zeros(2, 3, 3, 8, 8, dtype=torch.uint8)], torch.stack([row()] * 6).unflatten(0, (2, 3)), None)
+    assert visualize.invariance(None, [(batch, [])], 6, 4, torch.device("cpu")) == pytest.approx([1 / 2, 1 / 3])
+
+
+def test_figure_5_has_the_difference_in_its_last_column(tmp_path, monkeypatch):
+    A = torch.rand(2, 1, 1, 16, 16)
+    monkeypatch.setattr(visualize, "self_relations", lambda *_: (A, None, None))
+    visualize.draw_relations(tmp_path / "x.png", [None], torch.zeros(2, 1, 3, 32, 32), random_boxes(1)[None].repeat(2, 1, 1), 1, 4, [0], [(2, 1)])
+    first, second = A[:, 0, 0, 2 * 4 + 1].unflatten(-1, (4, 4))
+    largest = max(first.max(), second.max())
+    picture = np.asarray(Image.open(tmp_path / "x.png")).astype(float) / 255
+    for column, values in ((2, first), (3, second), (4, (first - second).abs())):
+        tile = torch.from_numpy(picture[4 + 24 : 4 + 192 : 48, 4 + 196 * column + 24 : 4 + 196 * column + 192 : 48])    # the middle of each cell
+        close(tile.sum(dim=-1), 3 * (values / largest).double(), rtol=0, atol=0.02)    # black, red, yellow, white: brightness is the value
+
+
 def test_pictures_from_the_command_line(folder, tmp_path, capsys):
     for name in ("a", "b"):
         torch.save(model.build_encoder("vit_nano", 32, 8).state_dict(), tmp_path / f"{name}.pth")
@@ -1631,11 +1695,13 @@ def test_pictures_from_the_command_line(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--data_path", "nowhere"], "neither a folder"), (["--images", "nothing.jpg"], "nothing.jpg can't be read"), (["--image_size", "30"], "not a multiple of the patch size 8")])
+    (["--data_path", "nowhere"], "neither a folder"), (["--images", "nothing.jpg"], "nothing.jpg can't be read"), (["--image_size", "30"], "not a multiple of the patch size 8"),
+    (["--pretrained_weights", "{resnet}"], "holds a ResNet, which has no attention")])
 def test_bad_input_to_visualize_gets_one_clear_line(flags, message, folder, tmp_path):
     torch.save(model.build_encoder("vit_nano", 32, 8).state_dict(), tmp_path / "a.pth")
+    torch.save(model.build_encoder("resnet50").state_dict(), tmp_path / "resnet.pth")
     with pytest.raises(SystemExit) as stopped:
-        visualize.main(["attention", "--pretrained_weights", str(tmp_path / "a.pth"), "--output", str(tmp_path / "x.png"), "--data_path", str(folder), *flags])
+        visualize.main(["attention", "--pretrained_weights", str(tmp_path / "a.pth"), "--output", str(tmp_path / "x.png"), "--data_path", str(folder), *(f.format(resnet=tmp_path / "resnet.pth") for f in flags)])
     assert stopped.value.code.startswith("visualize.py: error:") and message in stopped.value.code and "\n" not in stopped.value.code
 
 

@@ -154,7 +154,7 @@ def invariance(encoder, loader, heads, size, device):
         spatial, channel = difference(A_p)[valid], difference(A_c)
         sums += torch.stack([spatial.sum(), channel.sum()]).cpu()
         counts += torch.tensor([len(spatial), len(channel)])
-    return (sums / counts.clamp(min=1)).tolist()
+    return (sums / counts).tolist()
 
 
 @torch.no_grad()
@@ -213,7 +213,7 @@ def parse_args(argv=None):
     common.add_argument("--images", nargs="+", metavar="FILE", help="these images, in place of --data_path's")
     common.add_argument("--output", required=True, metavar="FILE.png", help="picture to write")
     common.add_argument("--image_size", type=int, help="side in pixels; the size the first encoder was trained at if not given")
-    common.add_argument("--heads", type=int, help="attention heads, where a file does not tell")
+    common.add_argument("--heads", type=int, default=[0], nargs="+", help="attention heads where files don't tell: one number, or one for each file, 0 for those that tell")
     common.add_argument("--seed", type=int, default=0, help="which images, and how views are cut (default: %(default)s)")
     parser = argparse.ArgumentParser(prog="visualize.py", description=__doc__.split("\n")[0])
     tasks = parser.add_subparsers(dest="task", required=True)
@@ -233,8 +233,11 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not (args.data_path or args.images):
         parser.error("where are the images? --data_path or --images")
-    if args.number < 1:
-        parser.error("--number must be at least 1")
+    for name in {"number", "points", "overlap", "relation_heads", "image_size"} & vars(args).keys():
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if len(args.heads) not in (1, len(args.pretrained_weights)):
+        parser.error(f"--heads: one number, or {len(args.pretrained_weights)}, not {len(args.heads)}")
     return args
 
 
@@ -271,12 +274,17 @@ def main(argv=None):
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        encoders = [load_encoder(path, heads=args.heads).to(device) for path in args.pretrained_weights]
+        encoders = [
+            load_encoder(path, heads=heads).to(device)
+            for path, heads in zip(args.pretrained_weights, args.heads * (len(args.pretrained_weights) // len(args.heads)))
+        ]
         images = chosen_images(args)
         size = args.image_size or encoders[0].grid * encoders[0].patch_size
         for path, encoder in zip(args.pretrained_weights, encoders):
             if size % encoder.patch_size:
                 raise ValueError(f"--image_size {size} is not a multiple of the patch size {encoder.patch_size} of {path}")
+            if args.task == "attention" and not encoder.heads:
+                raise ValueError(f"{path} holds a ResNet, which has no attention")
         if args.task == "attention":
             batch = torch.stack([evaluation_crop(size)(images[i][0]) for i in range(len(images))]).to(device)
             batch = normalize(batch.float() / 255)
@@ -292,6 +300,8 @@ def main(argv=None):
             cells = np.random.default_rng(args.seed).integers(0, args.overlap, (args.points, 2)).tolist()
             _, valid = overlap(batch.rows[0, :, BOX], batch.rows[1, :, BOX])
             shown = valid.nonzero().flatten().tolist()[: args.number]
+            if not shown:
+                raise ValueError("no two views of these images overlap; try another --seed")
             draw_relations(args.output, encoders, views, batch.rows[..., BOX].to(device), args.relation_heads, args.overlap, shown, cells)
             return None
         names = [str(path) for path in args.pretrained_weights]

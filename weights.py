@@ -22,6 +22,8 @@ HARMLESS = [
 VIT = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight"}, ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 RESNET = {"conv1.weight", "layer4.0.conv1.weight"}, ("conv1.", "bn1.", "layer")
 
+OTHERS = ("norm_pre", "reg_token", "register_tokens", "dist_token")    # parts of encoders that are not ours: dropped, they would be another network
+
 MOCO_HEADS = {384: 12}    # by dim; its ViT-B has 12 like the others'
 
 
@@ -39,7 +41,8 @@ def read_encoder_weights(path, checkpoint_key=None):
         raise
     except Exception as error:    # the unpickler has many ways of saying no; its advice, to load unsafely, is not passed on
         raise ValueError(f"{path} is damaged, or holds more than tensors and plain values, and is not loaded") from error
-    heads = state.get("arguments", {}).get("heads") if isinstance(state, dict) else None    # a checkpoint of train.py
+    arguments = state.get("arguments") if isinstance(state, dict) else None
+    heads = arguments.get("heads") if isinstance(arguments, dict) else None    # a checkpoint of train.py or evaluate.py
     for key in (checkpoint_key or "teacher", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -55,6 +58,8 @@ def read_encoder_weights(path, checkpoint_key=None):
         state = {"norm." + key.removeprefix("fc_norm.") if key.startswith("fc_norm.") else key: value for key, value in state.items()}
     for needed, parts in (VIT, RESNET):
         if needed <= state.keys():
+            if other := [key for key in state if key.split(".")[0] in OTHERS]:
+                raise ValueError(f"{path} holds a ViT with {other[0]}, which none of {', '.join(ARCHITECTURES)} has")
             encoder = {key: value for key, value in state.items() if key.startswith(parts)}
             return encoder, sorted(state.keys() - encoder.keys()), heads
     raise ValueError(f"{path} holds no ViT or ResNet; its first keys are {list(state)[:5]}")
@@ -72,6 +77,8 @@ def load_encoder(path, arch=None, checkpoint_key=None, heads=None, image_size=No
     if not (arch or found):
         raise ValueError(f"{path} holds a ViT of dim {state['cls_token'].shape[-1]} whose depth fits none of {', '.join(ARCHITECTURES)}")
     arch, heads = arch or found, heads or known_heads
+    if not heads and arch == "vit_small" and "pos_embed" in state and not state["pos_embed"][:, 0].any():
+        raise ValueError(f"{path} has fixed position embeddings, as MoCo v3's ViT-S, whose 12 heads the shapes don't tell: give --heads 12, or 6")
     if heads and ARCHITECTURES[arch]["dim"] % heads:
         raise ValueError(f"{path}: {arch} can't have {heads} heads, which do not divide {ARCHITECTURES[arch]['dim']}")
     encoder = build_encoder(arch, size, patch_size, drop_path_rate, heads=heads)
