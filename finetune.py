@@ -165,7 +165,8 @@ def top_accuracies(model, images, size, device, batch_size, num_workers):
     """(top-1, top-5) in % on the labelled images."""
     right = torch.zeros(2, dtype=torch.long, device=device)
     chosen = labelled(images).tolist()
-    for x, y in loader_of(Transformed(images, evaluation_crop(size), chosen), batch_size, num_workers, device):
+    loader = loader_of(Transformed(images, evaluation_crop(size), chosen), batch_size, num_workers, device)
+    for x, y in tqdm(loader, desc="accuracy", disable=None if world()[0] == 0 else True, leave=False):
         with autocast(device):
             logits = model(normalize(x.to(device).float() / 255))
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == y.to(device)[:, None]    # (B, 5)

@@ -1222,6 +1222,24 @@ def test_images_with_masks(tmp_path):
         data.build_segmentation(folder, "val")
 
 
+def test_voc_by_name(tmp_path, monkeypatch):
+    """Its download is torchvision's to test; here: what it is asked for, and what comes out."""
+    folder, asked = masked_folder(tmp_path / "images"), []
+
+    class Fake:
+        def __init__(self, root, image_set, download):
+            asked.append((root, image_set, download))
+            self.images, self.masks = ([str(folder / image_set / part / "0.png")] for part in ("images", "masks"))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data.datasets, "VOCSegmentation", Fake)
+    pairs = data.build_segmentation("voc", "val", ignore_index=9)
+    assert asked == [("data", "val", True)] and pairs.classes == data.count_classes(pairs) == 21 and pairs[0][1].max() == 9    # VOC's own 255 alone is ignored
+    monkeypatch.setattr(data.datasets, "VOCSegmentation", lambda *_, **__: exec("raise OSError('no route to host')"))
+    with pytest.raises(OSError, match="voc is not in data/ and could not be downloaded: no route to host"):
+        data.build_segmentation("voc", "val")
+
+
 def test_shapes_are_deterministic_balanced_and_have_masks():
     shapes = data.build_dataset("shapes", "train")
     image, label = shapes[13]

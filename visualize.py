@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from augment import BOX, MultiCrop, Photometric, collate, denormalize, normalize
 from data import ViewsOfImages, build_dataset, decode, evaluation_crop
+from finetune import autocast
 from relations import channel_relation, spatial_relation
 from sampler import overlap, region_align
 from weights import load_encoder
@@ -150,7 +151,8 @@ def invariance(encoder, loader, heads, size, device):
     sums, counts, photometric = torch.zeros(2), torch.zeros(2), Photometric()
     for batch, _ in tqdm(loader, desc="invariance", disable=None, leave=False):
         views = photometric(batch.crops[0].flatten(0, 1).to(device), batch.rows.flatten(0, 1).to(device)).unflatten(0, batch.crops[0].shape[:2])
-        A_p, valid, A_c = self_relations(encoder, views, batch.rows[..., BOX].to(device), heads, size)
+        with autocast(device):
+            A_p, valid, A_c = self_relations(encoder, views, batch.rows[..., BOX].to(device), heads, size)
         spatial, channel = difference(A_p)[valid], difference(A_c)
         sums += torch.stack([spatial.sum(), channel.sum()]).cpu()
         counts += torch.tensor([len(spatial), len(channel)])
