@@ -265,7 +265,7 @@ def segment_task(args, encoder, size, device, say):
     if args.sliding and test_size < size:
         raise ValueError(f"--sliding: windows of {size} do not fit into --test_size {test_size}")
     fit(model, segmentation_loss, loader, args, device, *resumable(args, encoder, size, list(range(len(train)))))
-    result, _ = evaluate_segmentation(model, val, test_size, size if args.sliding else None, device)
+    result = evaluate_segmentation(model, val, test_size, size if args.sliding else None, device)
     say(f"segment, {'frozen' if args.frozen else f'fine-tuned, layer decay {args.layer_decay}'}, {len(train)} training images of {args.data_path} at {size} px, "
         f"{args.epochs} epochs, batch {args.batch_size_per_gpu * world()[1]}, lr {args.lr:g} per 256, final epoch")
     say(f"{len(val)} images of {args.val_split}, short side {test_size}{f', windows of {size}' if args.sliding else ''}, {classes} classes")
@@ -280,17 +280,12 @@ def export_task(args, encoder, size, device, say):
         save(encoder.cpu().state_dict(), Path(args.output))
     names = "torchvision's resnet50 (but fc)" if encoder.depth == 1 else "timm's vit_*_patch* (num_classes=0) and DINO's"
     say(f"{args.output}: {len(encoder.state_dict())} keys, as in {names}; for both a strict load")
-    if encoder.heads != ARCHITECTURES[encoder_name(encoder)].get("heads", 0):
-        say(f"mind its {encoder.heads} heads, which the file does not tell: --heads {encoder.heads} here, num_heads={encoder.heads} there")
+    if encoder.heads:
+        say(f"elsewhere, build it with {encoder.heads} heads: its shapes don't tell")
     return {"output": args.output}
 
 
 TASKS = {"knn": knn_task, "linear": linear_task, "finetune": finetune_task, "segment": segment_task, "export": export_task}
-
-
-def encoder_name(encoder):
-    """Its name in ARCHITECTURES."""
-    return next(name for name, a in ARCHITECTURES.items() if a["dim"] == encoder.dim and a.get("depth", 1) == encoder.depth)
 
 
 def resumable(args, encoder, size, indices):

@@ -57,8 +57,7 @@ def fit(model, loss, loader, args, device, path, arguments):
     batch = loader.batch_size * world()[1]
     top_lr = args.lr * batch / 256
     rates = cosine_schedule(top_lr, min(args.min_lr, top_lr), args.epochs * len(loader), args.warmup_epochs * len(loader)).tolist()
-    groups = layer_groups(model.encoder, model.head, args.layer_decay, args.weight_decay)
-    optimizer = torch.optim.AdamW([{key: value for key, value in group.items() if key != "names"} for group in groups], lr=top_lr)
+    optimizer = torch.optim.AdamW(layer_groups(model.encoder, model.head, args.layer_decay, args.weight_decay), lr=top_lr)
     first = 0
     if checkpoint := find_checkpoint(path, arguments, "Use another --output_dir"):
         model.load_state_dict(checkpoint["model"])

@@ -110,6 +110,8 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if masked:
             self.masked_embed = nn.Parameter(torch.zeros(1, dim))
+        # Shapes don't tell the heads, so a state dict carries them, where PyTorch keeps a module's version. Its keys are the plain ones.
+        self.register_state_dict_post_hook(lambda module, state, prefix, metadata: metadata.update(heads=module.heads))
 
     def _position_embedding(self, height, width):
         """(1, 1 + height * width, C), interpolated by size where the grid is another."""

@@ -25,12 +25,13 @@ def clip_gradients(parameters, largest):
     factors = [(largest / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(grads)]
     torch._foreach_mul_(grads, factors)
 
+
 def layer_groups(encoder, head, decay, weight_decay):
     """Groups for fine-tuning with layer-wise decay: what lies d layers below the head learns with decay ** d times its rate.
 
     The head and the encoder's final norm are the top, d = 0, then come the last block, ..., the first (of a ResNet: stages), and
     below it the embeddings. No weight decay on biases, norms, and the class and position embeddings. Frozen parameters are left
-    out. Each group has its share of the learning rate as "scale", and a "name" for every parameter.
+    out. Each group has its share of the learning rate as "scale".
     """
     layers = 5 if hasattr(encoder, "layer4") else 1 + encoder.depth
     groups = {}
@@ -43,7 +44,6 @@ def layer_groups(encoder, head, decay, weight_decay):
             if prefix == "encoder." and number:
                 layer = int(number[1]) + 1 if number[1] else int(number[2])
             decayed = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
-            group = groups.setdefault((layer, decayed), {"params": [], "names": [], "scale": decay ** (layers - layer), "weight_decay": weight_decay * decayed})
+            group = groups.setdefault((layer, decayed), {"params": [], "scale": decay ** (layers - layer), "weight_decay": weight_decay * decayed})
             group["params"].append(parameter)
-            group["names"].append(prefix + name)
     return [groups[key] for key in sorted(groups)]

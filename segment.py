@@ -16,6 +16,7 @@ from data import IGNORED
 from distributed import world
 from finetune import autocast, sum_over_processes
 
+
 class Segmenter(nn.Module):
     """Images (B, 3, H, W), normalised -> logits (B, K, H / patch, W / patch). frozen: only the convolution is trained."""
 
@@ -65,8 +66,8 @@ def segmentation_loss(model, images, masks):
 def predict(model, image, size, window=None):
     """Logits (K, H, W) of a uint8 image (3, H, W) of any size, looked at with its short side resized to about `size`.
 
-    Sides are rounded to whole patches. window: None, the image at once; else square windows of that side slide over it, half overlapping, and
-    their logits are averaged. Sizes are multiples of the patch size.
+    Sides are rounded to whole patches. window: None, the image at once; else square windows of that side, a multiple of the patch size and
+    at most `size`, slide over it, half overlapping, and their logits are averaged.
     """
     H, W = image.shape[-2:]
     patch, zoom = model.encoder.patch_size, size / min(H, W)
@@ -75,13 +76,11 @@ def predict(model, image, size, window=None):
     if window is None:
         logits = model(x).float()                                                                     # (1, K, h, w)
     else:
-        total, times, n = 0.0, 0.0, window // patch
-        for top in _starts(sides[0] // patch, n):
-            for left in _starts(sides[1] // patch, n):
+        n, (h, w) = window // patch, (side // patch for side in sides)
+        total, times = x.new_zeros(1, model.head.out_features, h, w), x.new_zeros(1, 1, h, w)
+        for top in _starts(h, n):
+            for left in _starts(w, n):
                 inside = (slice(None), slice(None), slice(top, top + n), slice(left, left + n))
-                if isinstance(total, float):
-                    K = model.head.out_features
-                    total, times = x.new_zeros(1, K, sides[0] // patch, sides[1] // patch), x.new_zeros(1, 1, sides[0] // patch, sides[1] // patch)
                 total[inside] += model(x[:, :, top * patch : (top + n) * patch, left * patch : (left + n) * patch]).float()
                 times[inside] += 1
         logits = total / times
@@ -99,13 +98,13 @@ def confusion(prediction, mask, classes):
     return torch.bincount(mask[counted].long() * classes + prediction[counted], minlength=classes**2).view(classes, classes)
 
 
-def scores(confusion):
+def scores(matrix):
     """{name: %} of a confusion matrix (K, K): mIoU and mAcc over the classes that are there, pixel accuracy, and, regardless of the class,
     F of what is not class 0 (background), with β² = 0.3 (Table 9)."""
-    hits = confusion.diag().double()
-    true, predicted = confusion.sum(dim=1).double(), confusion.sum(dim=0).double()
+    hits = matrix.diag().double()
+    true, predicted = matrix.sum(dim=1).double(), matrix.sum(dim=0).double()
     iou = (hits / (true + predicted - hits))[true + predicted > 0]
-    foreground = confusion[1:, 1:].sum().double()
+    foreground = matrix[1:, 1:].sum().double()
     precision, recall = foreground / predicted[1:].sum().clamp(min=1), foreground / true[1:].sum().clamp(min=1)
     f = 1.3 * precision * recall / (0.3 * precision + recall).clamp(min=1e-12)
     values = {"mIoU": iou.mean(), "mAcc": (hits / true)[true > 0].mean(), "pixel_accuracy": hits.sum() / true.sum(), "foreground_F": f}
@@ -113,7 +112,7 @@ def scores(confusion):
 
 
 def evaluate_segmentation(model, images, size, window, device):
-    """(scores, confusion matrix) on a data set of (image, mask), each process its share."""
+    """`scores` on a data set of (image, mask), each process its share."""
     rank, processes = world()
     classes = model.head.out_features
     total = torch.zeros(classes, classes, dtype=torch.long, device=device)
@@ -122,5 +121,4 @@ def evaluate_segmentation(model, images, size, window, device):
         with autocast(device):
             prediction = predict(model, image.to(device), size, window).argmax(dim=0)
         total += confusion(prediction, mask.to(device), classes)
-    total = sum_over_processes(total)
-    return scores(total), total
+    return scores(sum_over_processes(total))

@@ -1011,12 +1011,13 @@ def test_moco_v3s_vit_small_has_12_heads_and_others_6(tmp_path, capsys):
     assert torch.equal(loaded(images), of_12(images)) and not torch.allclose(loaded(images), vit(images), atol=1e-3)    # the base encoder, which MoCo v3 evaluates
     momentum = weights.load_encoder(tmp_path / "moco.pth", checkpoint_key="teacher")
     assert momentum.heads == 12 and torch.equal(momentum.cls_token, vit.cls_token + 1)
-    evaluate.main(["export", "--pretrained_weights", str(tmp_path / "moco.pth"), "--output", str(tmp_path / "anew.pth")])    # its origin is gone
-    assert "mind its 12 heads" in capsys.readouterr().out
+    evaluate.main(["export", "--pretrained_weights", str(tmp_path / "moco.pth"), "--output", str(tmp_path / "out.pth")])
+    assert "build it with 12 heads" in capsys.readouterr().out and weights.load_encoder(tmp_path / "out.pth").heads == 12
+    torch.save(dict(loaded.state_dict()), tmp_path / "anew.pth")    # by somebody else: its origin is gone
     with pytest.raises(ValueError, match="as MoCo v3's ViT-S, whose 12 heads the shapes don't tell: give --heads 12"):
         weights.load_encoder(tmp_path / "anew.pth")
     assert weights.load_encoder(tmp_path / "anew.pth", heads=12).heads == 12
-    torch.save({"arguments": {"heads": 12}, "model": {f"encoder.{k}": v for k, v in loaded.state_dict().items()}}, tmp_path / "tuned.pth")
+    torch.save({"model": finetune.Classifier(loaded, 5).state_dict()}, tmp_path / "tuned.pth")
     assert weights.load_encoder(tmp_path / "tuned.pth").heads == 12
     torch.save(vit.state_dict() | {"reg_token": torch.zeros(1, 4, 384)}, tmp_path / "registers.pth")
     with pytest.raises(ValueError, match="holds a ViT with reg_token"):
@@ -1379,19 +1380,25 @@ def test_linear_probes_train_side_by_side_as_if_alone(tmp_path, monkeypatch):
 def test_layer_wise_rates():
     """MAE's and BEiT's: embeddings 0, block i is layer i + 1, final norm and head the top."""
     vit = tiny_vit()
-    groups = optim.layer_groups(vit, nn.Linear(12, 5), 0.5, 0.05)
-    scales = {name: group["scale"] for group in groups for name in group["names"]}
+
+    def by_name(encoder, head, key):
+        names = {id(p): f"{prefix}.{name}" for prefix, module in (("encoder", encoder), ("head", head)) for name, p in module.named_parameters()}
+        groups = optim.layer_groups(encoder, head, 0.5, 0.05)
+        values = {names[id(p)]: group[key] for group in groups for p in group["params"]}
+        assert len(values) == sum(len(group["params"]) for group in groups)    # each once
+        return values
+
+    scales = by_name(vit, nn.Linear(12, 5), "scale")
     assert {name for name in scales} == {f"encoder.{n}" for n, _ in vit.named_parameters()} | {"head.weight", "head.bias"}
     expected = {"encoder.cls_token": 0.125, "encoder.pos_embed": 0.125, "encoder.patch_embed.proj.weight": 0.125, "encoder.blocks.0.attn.qkv.weight": 0.25,
                 "encoder.blocks.0.norm1.bias": 0.25, "encoder.blocks.1.mlp.fc2.weight": 0.5, "encoder.norm.weight": 1.0, "head.weight": 1.0, "head.bias": 1.0}
     assert {name: scales[name] for name in expected} == expected
-    decays = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    decays = by_name(vit, nn.Linear(12, 5), "weight_decay")
     assert {name for name, decay in decays.items() if decay == 0} == {n for n in decays if n.endswith("bias") or "norm" in n or n in ("encoder.cls_token", "encoder.pos_embed")}
-    assert set(decays.values()) == {0, 0.05} and sum(len(group["params"]) for group in groups) == len(scales)
-    assert [name for group in optim.layer_groups(vit.requires_grad_(False), nn.Linear(12, 5), 0.5, 0.05) for name in group["names"]] == ["head.bias", "head.weight"]
+    assert set(decays.values()) == {0, 0.05}
+    assert set(by_name(vit.requires_grad_(False), nn.Linear(12, 5), "scale")) == {"head.bias", "head.weight"}
 
-    resnet = optim.layer_groups(model.build_encoder("resnet50"), nn.Linear(2048, 5), 0.5, 0.05)
-    scales = {name: group["scale"] for group in resnet for name in group["names"]}
+    scales = by_name(model.build_encoder("resnet50"), nn.Linear(2048, 5), "scale")
     assert [scales[f"encoder.{name}"] for name in ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.2.bn3.bias")] == [1 / 32, 1 / 32, 1 / 16, 1 / 2]
 
 
@@ -2126,10 +2133,11 @@ def test_bad_weights_to_start_from_get_one_clear_line(folder, tmp_path, capsys):
     assert "No such file" in fails(capsys, folder, tmp_path / "run", "--init_from", tmp_path / "nothing.pth")
 
 
-def test_heads_are_remembered_by_the_checkpoint_and_by_the_last_line(folder, tmp_path, capsys):
-    run(folder, tmp_path, "--heads", 6, "--epochs", 2, "--knn_every", 0)
-    assert f"{tmp_path}/backbone.pth --heads 6 --data_path" in capsys.readouterr().out
-    assert weights.load_encoder(tmp_path / "checkpoint.pth").heads == 6
+def test_files_of_a_run_carry_its_heads(folder, tmp_path):
+    run(folder, tmp_path, "--heads", 6, "--max_steps", 1, "--knn_every", 0)
+    for name in ("backbone.pth", "checkpoint.pth"):
+        assert weights.load_encoder(tmp_path / name).heads == 6    # vit_nano has 3
+    assert isinstance(torch.load(tmp_path / "backbone.pth", weights_only=True), dict)
 
 
 def test_tensorboard_gets_what_the_log_has(folder, tmp_path, capsys, monkeypatch):
@@ -2217,6 +2225,7 @@ def test_unreadable_images_are_counted_in_the_log(tmp_path, capsys):
     ("--teacher_patch_temp nan", "--teacher_patch_temp must be above 0"),
     ("--recipe resnet50 --arch resnet50 --patch_size 32 --global_crops_size 64 --local_crops_size 32 --relation_heads 6", "2048 channels can't be split into 6 relation heads; possible: [1, 2, 4, 8, 16"),
     ("--moco_t 0", "--moco_t must be above 0"),
+    ("--heads 7", "--heads 7 does not divide the 96 channels of --arch vit_nano"),
     ("--warmup_teacher_temp_epochs -1", "--warmup_teacher_temp_epochs can't be negative"),
     ("--recipe nonsense", "invalid choice: 'nonsense'"),
     ("--no_such_flag", "unrecognized arguments: --no_such_flag"),

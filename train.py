@@ -246,6 +246,8 @@ def find_fault(args):
         faults.append(f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs} is more than --epochs {args.epochs}: give 0 to {args.epochs}")
     if faults:
         return "; ".join(faults)
+    if args.heads and args.arch != "resnet50" and ARCHITECTURES[args.arch]["dim"] % args.heads:
+        return f"--heads {args.heads} does not divide the {ARCHITECTURES[args.arch]['dim']} channels of --arch {args.arch}"
     if args.alpha:
         try:
             spatial_relation(torch.empty(1, ARCHITECTURES[args.arch]["dim"], 1), args.relation_heads)
@@ -399,7 +401,6 @@ def train(args, processes, requests):
         student, teacher = (network.to(device) for network in build_networks(args, baseline))
     except ValueError as error:
         raise OSError(f"--init_from {error}") from error
-    args.heads = student.backbone.heads    # goes into the checkpoint: shapes don't tell
     embedding_loss, relation_loss = baseline.loss.to(device), build_relation_loss(args)
     photometric = Photometric()
     last_layer = [parameter for name, parameter in student.named_parameters() if "last_layer" in name]
@@ -610,8 +611,7 @@ def train(args, processes, requests):
     if step < steps:
         say(f"stopped at step {step} of {steps}, as --max_steps {args.max_steps} says; the same command with a larger one, or without, goes on")
     elif len(labelled(images)):
-        heads = "" if args.heads == ARCHITECTURES[args.arch].get("heads", 0) else f" --heads {args.heads}"
-        say(f"done. What it is worth: python evaluate.py knn --pretrained_weights {output}/backbone.pth{heads} --data_path {args.data_path}")
+        say(f"done. What it is worth: python evaluate.py knn --pretrained_weights {output}/backbone.pth --data_path {args.data_path}")
     else:
         say(f"done: {output}/backbone.pth")
 

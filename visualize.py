@@ -12,6 +12,7 @@ B batch (images), C channels, N patches or sampled points, M relation heads or a
 import argparse
 import colorsys
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -231,7 +232,7 @@ def parse_args(argv=None):
     for task in (relations, invariance):
         task.add_argument("--relation_heads", type=int, default=6, help="M (default: %(default)s)")
         task.add_argument("--overlap", type=int, default=13, help="points a side in the overlap (default: %(default)s)")
-        task.add_argument("--num_workers", type=int, default=4, help="loader processes (default: %(default)s)")
+        task.add_argument("--num_workers", type=int, default=min(4, os.cpu_count() or 1), help="loader processes (default: %(default)s)")
     args = parser.parse_args(argv)
     if not (args.data_path or args.images):
         parser.error("where are the images? --data_path or --images")

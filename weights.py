@@ -1,7 +1,7 @@
 """Encoders from files: this repository's, and those that DINO, iBOT, SERE's release, MoCo v3, MAE, timm and torchvision publish.
 
 What an encoder is like is read off its weights' shapes, but for one thing they don't tell: the attention heads. MoCo v3's ViT-S has
-12, all others 6, with the same shapes; it is known by the names of its keys. Files are read with weights_only=True, always.
+12, all others 6, with the same shapes; its file is known by the names of its keys, and what we save says them (model.py). Files are read with weights_only=True, always.
 """
 
 import argparse
@@ -41,13 +41,12 @@ def read_encoder_weights(path, checkpoint_key=None):
         raise
     except Exception as error:    # the unpickler has many ways of saying no; its advice, to load unsafely, is not passed on
         raise ValueError(f"{path} is damaged, or holds more than tensors and plain values, and is not loaded") from error
-    arguments = state.get("arguments") if isinstance(state, dict) else None
-    heads = arguments.get("heads") if isinstance(arguments, dict) else None    # a checkpoint of train.py or evaluate.py
     for key in (checkpoint_key or "teacher", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no state dict")
+    heads = next((module["heads"] for module in getattr(state, "_metadata", {}).values() if "heads" in module), None)    # of this repository's files
     state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if any(key.startswith("base_encoder.") for key in state):    # MoCo v3
         network = "momentum_encoder." if checkpoint_key == "teacher" else "base_encoder."
@@ -79,7 +78,7 @@ def load_encoder(path, arch=None, checkpoint_key=None, heads=None, image_size=No
     arch, heads = arch or found, heads or known_heads
     if not heads and arch == "vit_small" and "pos_embed" in state and not state["pos_embed"][:, 0].any():
         raise ValueError(f"{path} has fixed position embeddings, as MoCo v3's ViT-S, whose 12 heads the shapes don't tell: give --heads 12, or 6")
-    if heads and ARCHITECTURES[arch]["dim"] % heads:
+    if heads and arch != "resnet50" and ARCHITECTURES[arch]["dim"] % heads:
         raise ValueError(f"{path}: {arch} can't have {heads} heads, which do not divide {ARCHITECTURES[arch]['dim']}")
     encoder = build_encoder(arch, size, patch_size, drop_path_rate, heads=heads)
     own = encoder.state_dict()
