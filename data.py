@@ -374,3 +374,24 @@ class Batches(torch.utils.data.Sampler):
             for batch in order[skip:, :, self.rank].reshape(-1, self.shape[-1]).tolist():
                 yield [(epoch, index) for index in batch]
             epoch, skip = epoch + 1, 0
+
+
+def on_device(batches, device):
+    """Views of a batch, one after the other, with their tensors on the device. To a GPU they are copied, from pinned memory, while it
+    still computes what it was given before."""
+    def copy(views):
+        mask = None if views.mask is None else views.mask.to(device, non_blocking=True)
+        return views._replace(crops=[x.to(device, non_blocking=True) for x in views.crops], rows=views.rows.to(device, non_blocking=True), mask=mask)
+
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for views in batches:
+        if copies is None:
+            yield copy(views)
+            continue
+        with torch.cuda.stream(copies):
+            views = copy(views)
+        torch.cuda.current_stream().wait_stream(copies)
+        for tensor in (*views.crops, views.rows, views.mask):
+            if tensor is not None:
+                tensor.record_stream(torch.cuda.current_stream())    # its memory is not reused before that stream is done with it
+        yield views

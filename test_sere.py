@@ -2080,8 +2080,8 @@ def test_every_recipe_trains_as_its_flags_say_and_resumes(flags, folder, tmp_pat
     multicrop = augment.MultiCrop(args.global_crops_size, args.global_crops_scale, args.local_crops_number, args.local_crops_size, args.local_crops_scale, mask)
     images, keys = data.build_dataset(folder, "train"), take(data.Batches(16, args.batch_size_per_gpu, 1, 0, 1, seed=0), 1)[0]
     batch = augment.collate([(multicrop(images[index][0], (0, epoch, index)), []) for epoch, index in keys])[0]
-    views, boxes, mask = train.colour(batch, augment.Photometric(), torch.device("cpu"))
-    terms = plain_terms(args, teacher(views[:1]), student(views, mask), boxes, mask, moco_temperature=0.3)
+    views = train.colour(batch, augment.Photometric())
+    terms = plain_terms(args, teacher(views[:1]), student(views, batch.mask), batch.rows[..., augment.BOX], batch.mask, moco_temperature=0.3)
     assert logged[1][1:] == pytest.approx(terms.tolist(), rel=1e-3)
 
 

@@ -33,7 +33,7 @@ from ablations import BatchRelationLoss, DINOPlusLoss
 from augment import BOX, BlockMask, MultiCrop, Photometric, collate, normalize
 from baselines import DINOHead, DINOLoss, IBOTHead, IBOTLoss, MoCoHead, MoCoLoss, NoLoss
 from checkpoint import Log, find_checkpoint, save, stop_requests
-from data import NAMES, Batches, Readable, ViewsOfImages, build_dataset, evaluation_crop, ignore_signals, labelled
+from data import NAMES, Batches, Readable, ViewsOfImages, build_dataset, evaluation_crop, ignore_signals, labelled, on_device
 from distributed import Processes, average_over_processes
 from evaluate import knn_accuracy
 from model import ARCHITECTURES, Network, build_encoder, update_teacher
@@ -332,16 +332,115 @@ def build_networks(args, baseline):
     return student, teacher.requires_grad_(False)
 
 
-def colour(batch, photometric, device):
-    """A loader's batch -> views, by resolution, global first, (V, B, 3, S, S) as networks take them; their boxes (views, B, 5);
-    and the student's mask (G, B, N), or None."""
-    rows = batch.rows.to(device, non_blocking=True)    # (views, B, ROW)
-    views = []
-    for crops, its_rows in zip(batch.crops, rows.split([len(crops) for crops in batch.crops])):
-        crops = crops.to(device, non_blocking=True)
-        views.append(photometric(crops.flatten(0, 1), its_rows.flatten(0, 1)).unflatten(0, crops.shape[:2]))
-    mask = None if batch.mask is None else batch.mask.to(device, non_blocking=True)
-    return views, rows[:, :, BOX], mask
+def colour(batch, photometric):
+    """A batch (augment.Views) -> its views by resolution, global first, (V, B, 3, S, S) as networks take them."""
+    rows = batch.rows.split([len(crops) for crops in batch.crops])
+    return [photometric(x.flatten(0, 1), r.flatten(0, 1)).unflatten(0, x.shape[:2]) for x, r in zip(batch.crops, rows)]
+
+
+class Outcome(NamedTuple):
+    """What a step leaves to look at; all but the terms are of its last batch."""
+
+    terms: torch.Tensor    # (TERMS,), means over its batches
+    views: list            # by resolution, global first, (V, B, 3, S, S)
+    boxes: torch.Tensor    # (views, B, 5)
+    taught: object         # the teacher's model.Output
+
+
+class Training:
+    """What learns, and one step of it. The run around it is `train`'s."""
+
+    def __init__(self, args, processes, images):
+        """images: how many there are. Raises OSError where they are fewer than a batch, and where --init_from can't be used."""
+        self.args, self.processes = args, processes
+        self.effective_batch = args.batch_size_per_gpu * processes.size * args.grad_accum_steps
+        self.steps_per_epoch = images // self.effective_batch
+        if self.steps_per_epoch == 0:
+            raise OSError(f"{args.data_path} has {images} images, fewer than a batch of {self.effective_batch}; lower --batch_size_per_gpu")
+        torch.manual_seed(args.seed)
+        baseline = build_baseline(args)
+        try:
+            self.student, self.teacher = (network.to(processes.device) for network in build_networks(args, baseline))
+        except ValueError as error:
+            raise OSError(f"--init_from {error}") from error
+        self.network = self.student    # as what it is called
+        self.embedding_loss, self.relation_loss = baseline.loss.to(processes.device), build_relation_loss(args)
+        self.photometric, self.mask = Photometric(), baseline.mask
+        self.last_layer = [parameter for name, parameter in self.student.named_parameters() if "last_layer" in name]
+        if args.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(parameter_groups(self.student), fused=True)
+        else:
+            self.optimizer = torch.optim.SGD(parameter_groups(self.student), momentum=0.9)
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype == torch.float16)
+
+        # schedules: a value a step; the teacher's temperature a value an epoch
+        steps = args.epochs * self.steps_per_epoch
+        self.top_lr = args.lr * self.effective_batch / 256
+        self.lr = cosine_schedule(self.top_lr, args.min_lr, steps, args.warmup_epochs * self.steps_per_epoch).tolist()
+        self.weight_decay = cosine_schedule(args.weight_decay, args.weight_decay_end, steps).tolist()
+        self.momentum = cosine_schedule(args.momentum_teacher, 1.0, steps).tolist()
+        self.teacher_temp = baseline.teacher_temp.to(processes.device)    # tensors: a number would be a new graph for torch.compile each time it changes
+
+    def parts(self):
+        """What has a state, by the name it has in a checkpoint."""
+        return {"student": self.student, "teacher": self.teacher, "optimizer": self.optimizer, "scaler": self.scaler, "baseline": self.embedding_loss}
+
+    def make_ready(self):
+        """Compile and distribute; once, after any state is loaded."""
+        if self.args.compile:
+            for module in (self.student, self.teacher, self.photometric, self.embedding_loss, self.relation_loss):
+                module.compile(dynamic=False)
+        if self.processes.distributed:
+            self.network = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
+
+    def step(self, step, batches):
+        """The step after `step` others, on the next batches (data.on_device) of an iterator, as many as are accumulated. Returns an Outcome."""
+        args, epoch = self.args, step // self.steps_per_epoch
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr[step]
+        self.optimizer.param_groups[0]["weight_decay"] = self.weight_decay[step]    # the other group has none
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, step, self.processes.rank)).generate_state(1)[0]))    # stochastic depth
+
+        terms = 0.0
+        for micro_step in range(args.grad_accum_steps):
+            batch = next(batches)
+            views, boxes, mask = colour(batch, self.photometric), batch.rows[:, :, BOX], batch.mask
+            # gradients are averaged over processes once a step, in its last backward pass
+            synchronized = micro_step == args.grad_accum_steps - 1 or not self.processes.distributed
+            with contextlib.nullcontext() if synchronized else self.network.no_sync():
+                with torch.autocast(boxes.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    with torch.no_grad():
+                        taught = self.teacher(views[:1])
+                    learned = self.network(views, mask)
+                l_i = self.embedding_loss(learned.embedding, taught.embedding, self.teacher_temp[epoch], boxes, mask)
+                l_p, l_c = self.relation_loss(taught, learned, boxes)
+                loss = args.li_weight * l_i + args.alpha * l_p + args.beta * l_c    # Eq. 6
+                self.scaler.scale(loss / args.grad_accum_steps).backward()
+            terms = terms + torch.stack([loss, l_i, l_p, l_c]).detach() / args.grad_accum_steps
+
+        self.scaler.unscale_(self.optimizer)
+        if epoch < args.freeze_last_layer:
+            for parameter in self.last_layer:
+                parameter.grad = None
+        if args.clip_grad:
+            clip_gradients(self.student.parameters(), args.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        update_teacher(self.student, self.teacher, self.momentum[step])
+        self.embedding_loss.update_center()
+        return Outcome(terms, views, boxes, taught)
+
+
+def build_loader(args, images, mask, processes, start=0):
+    """Endless batches (Views, complaints) of this process, from the one after `start` steps on. mask: a BlockMask, or None."""
+    multicrop = MultiCrop(args.global_crops_size, args.global_crops_scale, args.local_crops_number, args.local_crops_size, args.local_crops_scale, mask)
+    return DataLoader(
+        ViewsOfImages(images, multicrop, args.seed), num_workers=args.num_workers, collate_fn=collate, worker_init_fn=ignore_signals,
+        batch_sampler=Batches(len(images), args.batch_size_per_gpu, args.grad_accum_steps, processes.rank, processes.size, args.seed, start),
+        pin_memory=processes.device.type == "cuda",
+    )
 
 
 @torch.no_grad()
@@ -387,42 +486,16 @@ def train(args, processes, requests):
         with contextlib.suppress(FileNotFoundError):    # a folder without val/ is trained on without kNN
             val = build_dataset(args.data_path, "val")
             val = val if len(labelled(val)) else None
-    effective_batch = args.batch_size_per_gpu * processes.size * args.grad_accum_steps
-    steps_per_epoch = len(images) // effective_batch
-    if steps_per_epoch == 0:
-        raise OSError(f"{args.data_path} has {len(images)} images, fewer than a batch of {effective_batch}; lower --batch_size_per_gpu")
+    training = Training(args, processes, len(images))
+    steps_per_epoch, effective_batch = training.steps_per_epoch, training.effective_batch
     steps = args.epochs * steps_per_epoch
     last_step = min(steps, args.max_steps or steps)
-
-    # --- networks, losses, optimizer
-    torch.manual_seed(args.seed)
-    baseline = build_baseline(args)
-    try:
-        student, teacher = (network.to(device) for network in build_networks(args, baseline))
-    except ValueError as error:
-        raise OSError(f"--init_from {error}") from error
-    embedding_loss, relation_loss = baseline.loss.to(device), build_relation_loss(args)
-    photometric = Photometric()
-    last_layer = [parameter for name, parameter in student.named_parameters() if "last_layer" in name]
-    if args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameter_groups(student), fused=True)
-    else:
-        optimizer = torch.optim.SGD(parameter_groups(student), momentum=0.9)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    # --- schedules: a value a step; the teacher's temperature a value an epoch
-    top_lr = args.lr * effective_batch / 256
-    lr = cosine_schedule(top_lr, args.min_lr, steps, args.warmup_epochs * steps_per_epoch).tolist()
-    weight_decay = cosine_schedule(args.weight_decay, args.weight_decay_end, steps).tolist()
-    momentum = cosine_schedule(args.momentum_teacher, 1.0, steps).tolist()
-    teacher_temp = baseline.teacher_temp.to(device)    # tensors: a number would be a new graph for torch.compile each time it changes
 
     # --- go on where the last run stopped
     step, epoch_sums = 0, [0.0] * len(TERMS)
     arguments = {name: value for name, value in vars(args).items() if name not in NOT_TRAINING} | {"processes": processes.size, "images": len(images)}
     if checkpoint := None if args.overwrite else find_checkpoint(output / "checkpoint.pth", arguments):
-        for name, part in {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler, "baseline": embedding_loss}.items():
+        for name, part in training.parts().items():
             part.load_state_dict(checkpoint[name])
         step, epoch_sums = checkpoint["step"], checkpoint["epoch_sums"]
         del checkpoint
@@ -430,13 +503,11 @@ def train(args, processes, requests):
         raise OSError(f"the processes found different checkpoints in {output}/; it must be one folder for all machines")
 
     def save_checkpoint():
-        check_weights(student, step)
+        check_weights(training.student, step)
         if main_process:
-            save(teacher.backbone.state_dict(), output / "backbone.pth")
-            save({
-                "student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "baseline": embedding_loss.state_dict(), "step": step, "epoch_sums": epoch_sums, "arguments": arguments,
-            }, output / "checkpoint.pth")
+            save(training.teacher.backbone.state_dict(), output / "backbone.pth")
+            states = {name: part.state_dict() for name, part in training.parts().items()}
+            save(states | {"step": step, "epoch_sums": epoch_sums, "arguments": arguments}, output / "checkpoint.pth")
 
     # --- what is written
     output.mkdir(parents=True, exist_ok=True)
@@ -445,14 +516,14 @@ def train(args, processes, requests):
             (output / name).unlink(missing_ok=True)
         if args.overwrite:
             shutil.rmtree(output / "tensorboard", ignore_errors=True)
-        (output / "args.json").write_text(json.dumps(describe(args, processes, effective_batch, top_lr), indent=2) + "\n")
+        (output / "args.json").write_text(json.dumps(describe(args, processes, effective_batch, training.top_lr), indent=2) + "\n")
     log = Log(output / "log.jsonl", step, args.tensorboard) if main_process else None
     kinds = f"{images.classes} classes" if len(labelled(images)) else "no labels"
     summands = [(args.li_weight, f"L_I({args.baseline})"), (args.alpha, "L_p"), (args.beta, "L_c")]
     say(f"{args.recipe}: {args.arch}/{args.patch_size}, L = {' + '.join(f'{weight:g} {name}' for weight, name in summands if weight)}")
     say(f"{len(images)} images of {args.data_path} ({kinds}, for kNN only)")
     say(f"{processes.size} process(es) on {device.type}, {args.precision}{', compiled' if args.compile else ''}")
-    say(f"{args.epochs} epochs of {steps_per_epoch} steps; effective batch {effective_batch}, learning rate {top_lr:.2g}; results go to {output}/")
+    say(f"{args.epochs} epochs of {steps_per_epoch} steps; effective batch {effective_batch}, learning rate {training.top_lr:.2g}; results go to {output}/")
     if step:
         say(f"going on after step {step}" if step < steps else f"{output}/ holds a finished run; for another use another --output_dir, or --overwrite")
 
@@ -464,10 +535,10 @@ def train(args, processes, requests):
         if epoch == 0:
             say("kNN of the untrained encoder, to compare with; --knn_every 0 does without")
         accuracy = knn_accuracy(
-            teacher.backbone.eval(), Readable(images), val, args.global_crops_size, device, most=20_000,
+            training.teacher.backbone.eval(), Readable(images), val, args.global_crops_size, device, most=20_000,
             batch_size=args.batch_size_per_gpu, num_workers=args.num_workers, stop_asked=stop_asked,
         )
-        teacher.backbone.train()    # a ResNet's batch norms
+        training.teacher.backbone.train()    # a ResNet's batch norms
         if accuracy is None:
             return None
         say(f"epoch {epoch}: kNN {accuracy[20]:.1f} %" + (" (untrained)" if epoch == 0 else ""))
@@ -496,70 +567,33 @@ def train(args, processes, requests):
         epoch_sums = [0.0] * len(TERMS)
 
     # --- ready
-    if args.compile:
-        for module in (student, teacher, photometric, embedding_loss, relation_loss):
-            module.compile(dynamic=False)
-    network = student
-    if processes.distributed:
-        network = DistributedDataParallel(student, gradient_as_bucket_view=True)
-    batches = Batches(len(images), args.batch_size_per_gpu, args.grad_accum_steps, processes.rank, processes.size, args.seed, start=step)
-    multicrop = MultiCrop(args.global_crops_size, args.global_crops_scale, args.local_crops_number, args.local_crops_size, args.local_crops_scale, baseline.mask)
-    stream = iter(DataLoader(
-        ViewsOfImages(images, multicrop, args.seed), batch_sampler=batches, num_workers=args.num_workers, collate_fn=collate,
-        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
-    )) if step < last_step else None
+    training.make_ready()
+    stream = iter(build_loader(args, images, training.mask, processes, step)) if step < last_step else None
     history, complaints = [], []
     window_step, window_start, waited = step, time.perf_counter(), 0.0    # what images/s is measured over
     bar = tqdm(total=steps, initial=step, disable=None if main_process else True, unit="step", dynamic_ncols=True)
 
-    # --- the loop
-    processes.training = True
-    stopping = stop_asked()
-    while step < last_step and not stopping:
-        epoch = step // steps_per_epoch
-        for group in optimizer.param_groups:
-            group["lr"] = lr[step]
-        optimizer.param_groups[0]["weight_decay"] = weight_decay[step]    # the other group has none
-        torch.manual_seed(int(np.random.SeedSequence((args.seed, step, processes.rank)).generate_state(1)[0]))    # stochastic depth
-
-        terms = 0.0
-        for micro_step in range(args.grad_accum_steps):
+    def read():
+        """The loader's batches; what it complains of is shown and counted, the time waited for it too."""
+        nonlocal waited
+        while True:
             asked = time.perf_counter()
             batch, new_complaints = next(stream)
             waited += time.perf_counter() - asked
             for complaint in new_complaints:
                 tqdm.write(f"{complaint}; the next image stands in", file=sys.stderr)
-            complaints += new_complaints
+            complaints.extend(new_complaints)
+            yield batch
 
-            views, boxes, mask = colour(batch, photometric, device)
-            if step == 0 and micro_step == 0 and main_process:
-                draw_views(output / "views.png", [v[:, :4].cpu() for v in views], boxes[:, :4].cpu(), (args.overlap_global, args.overlap_local))
-                log.picture(output / "views.png", step)
-
-            # gradients are averaged over processes once a step, in its last backward pass
-            synchronized = micro_step == args.grad_accum_steps - 1 or not processes.distributed
-            with contextlib.nullcontext() if synchronized else network.no_sync():
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    with torch.no_grad():
-                        taught = teacher(views[:1])
-                    learned = network(views, mask)
-                l_i = embedding_loss(learned.embedding, taught.embedding, teacher_temp[epoch], boxes, mask)
-                l_p, l_c = relation_loss(taught, learned, boxes)
-                loss = args.li_weight * l_i + args.alpha * l_p + args.beta * l_c    # Eq. 6
-                scaler.scale(loss / args.grad_accum_steps).backward()
-            terms = terms + torch.stack([loss, l_i, l_p, l_c]).detach() / args.grad_accum_steps
-
-        scaler.unscale_(optimizer)
-        if epoch < args.freeze_last_layer:
-            for parameter in last_layer:
-                parameter.grad = None
-        if args.clip_grad:
-            clip_gradients(student.parameters(), args.clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        update_teacher(student, teacher, momentum[step])
-        embedding_loss.update_center()
+    # --- the loop
+    batches = on_device(read(), device)
+    processes.training = True
+    stopping = stop_asked()
+    while step < last_step and not stopping:
+        terms, views, boxes, taught = training.step(step, batches)
+        if step == 0 and main_process:
+            draw_views(output / "views.png", [v[:, :4].cpu() for v in views], boxes[:, :4].cpu(), (args.overlap_global, args.overlap_local))
+            log.picture(output / "views.png", step)
         history.append(terms)
         step += 1
         bar.update()
@@ -579,10 +613,11 @@ def train(args, processes, requests):
             seconds = time.perf_counter() - window_start
             images_per_s = (step - window_step) * effective_batch / seconds
             unreadable = processes.sum(len(complaints))
-            looked = diagnostics(taught, boxes, relation_loss) | embedding_loss.diagnostics(taught.embedding, teacher_temp[epoch])
+            epoch = (step - 1) // steps_per_epoch
+            looked = diagnostics(taught, boxes, training.relation_loss) | training.embedding_loss.diagnostics(taught.embedding, training.teacher_temp[epoch])
             if main_process:
                 log.write(
-                    kind="step", step=step, epoch=step / steps_per_epoch, **terms, lr=optimizer.param_groups[0]["lr"],
+                    kind="step", step=step, epoch=step / steps_per_epoch, **terms, lr=training.lr[step - 1],
                     images_per_s=images_per_s, data_wait=waited / seconds, unreadable=unreadable,
                     peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
                     **looked,
@@ -605,8 +640,8 @@ def train(args, processes, requests):
     if stopping:
         say(f"stopped by {signal.Signals(requests[0]).name if requests else 'a signal'} after step {step} of {steps}; the same command goes on from there")
         return
-    if main_process and hasattr(teacher.backbone, "get_last_selfattention"):    # a ResNet has none
-        draw_attention_of(images if val is None else val, teacher.backbone, args.global_crops_size, device, output / "attention.png")
+    if main_process and hasattr(training.teacher.backbone, "get_last_selfattention"):    # a ResNet has none
+        draw_attention_of(images if val is None else val, training.teacher.backbone, args.global_crops_size, device, output / "attention.png")
         log.picture(output / "attention.png", step)
     if step < steps:
         say(f"stopped at step {step} of {steps}, as --max_steps {args.max_steps} says; the same command with a larger one, or without, goes on")
