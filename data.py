@@ -53,7 +53,7 @@ def decode(path):
     """An image file as uint8 RGB (3, H, W). Raises OSError, naming the file, whatever is wrong with it."""
     try:
         with Image.open(path) as image:
-            return pil_to_tensor(image.convert("RGB"))
+            return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))    # convert copies in any case
     except Exception as error:    # Pillow's codecs raise OSError, SyntaxError, ValueError, struct.error, ...
         raise OSError(f"{path} can't be read as an image: {error}") from error
 

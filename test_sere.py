@@ -373,6 +373,35 @@ def test_crops_have_the_area_asked_for_and_a_box_inside_the_image():
     assert 0.4 < flipped.mean() < 0.6    # 400 coins: 0.025 standard deviation
 
 
+def test_crops_are_placed_as_torchvision_places_them():
+    multicrop, scale, n = augment.MultiCrop(), (0.3, 0.8), 2000
+    theirs = v2.RandomResizedCrop(8, scale)
+    for H, W in ((60, 90), (90, 60)):
+        ours = torch.tensor([multicrop._place(H, W, scale) for _ in range(n)]).double()
+        expected = [theirs.make_params([torch.empty(3, H, W)]) for _ in range(n)]
+        expected = torch.tensor([[p[key] for key in ("top", "left", "height", "width")] for p in expected]).double()
+        numbers, expected = (torch.cat([x, x[:, 2:3] * x[:, 3:], (x[:, 2:3] / x[:, 3:]).log()], dim=1) for x in (ours, expected))    # and area, aspect
+        for power in (1, 2):    # first and second moments, within four standard deviations of their difference
+            a, b = numbers**power, expected**power
+            assert ((a.mean(dim=0) - b.mean(dim=0)).abs() < 4 * ((a.var(dim=0) + b.var(dim=0)) / n).sqrt()).all()
+    for H, W in ((10, 200), (200, 10)):    # nothing fits
+        place = v2.RandomResizedCrop(8, (1.0, 1.0)).make_params([torch.empty(3, H, W)])
+        assert multicrop._place(H, W, (1.0, 1.0)) == tuple(place[key] for key in ("top", "left", "height", "width"))
+
+
+def test_crops_are_resized_as_torchvision_resizes_them():
+    multicrop, image = augment.MultiCrop(32), picture(60, 90)
+    flips = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        crop, (x0, y0, x1, y1, flipped) = multicrop._crop(image, 32, (0.3, 0.8))
+        top, left, bottom, right = (round(x) for x in (y0 * 60, x0 * 90, y1 * 60, x1 * 90))
+        expected = v2.functional.resized_crop(image, top, left, bottom - top, right - left, [32, 32], v2.InterpolationMode.BICUBIC, antialias=True)
+        assert torch.equal(crop, v2.functional.horizontal_flip(expected) if flipped else expected)
+        flips.add(flipped)
+    assert flips == {0.0, 1.0}
+
+
 def test_parameters_follow_dinos_distributions():
     multicrop, image = augment.MultiCrop(8, (0.5, 1.0), 2, 8, (0.2, 0.5)), picture(20, 20)
     rows = torch.stack([multicrop(image, (0, 0, i)).rows for i in range(500)])    # (images, views, ROW)
