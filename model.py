@@ -7,6 +7,7 @@ B batch (images or views), V views, N patches, C channels (dim), M attention hea
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -98,7 +99,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()    # stochastic depth grows with depth
+        rates = np.linspace(0, drop_path_rate, depth).tolist()    # stochastic depth grows with depth
         self.blocks = nn.ModuleList([Block(dim, heads, rate) for rate in rates])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 

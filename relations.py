@@ -82,16 +82,18 @@ def mean_over_overlaps(loss, teacher, student, boxes, size_global, size_local):
     resolution, global first, of (V, B, C, N); maps are square. boxes: (views, B, 5), in the order of the student's views.
     size_global, size_local: points a side that ⊙ takes, from two global views and from a pair with a local one.
     """
+    G = len(teacher)
+    groups = [(view[None], box[None], size_global) for view, box in zip(student[0], boxes)]    # a global view is not its own pupil
+    groups += [(views, boxes[G:], size_local) for views in student[1:]]                        # the local ones all are
     total, pairs = 0.0, 0.0
-    for v, r2 in enumerate(view for views in student for view in views):
-        size = size_global if v < len(teacher) else size_local
-        for q, r1 in enumerate(teacher):
-            if q == v:
+    for q, r1 in enumerate(teacher):
+        for v, (views, its_boxes, size) in enumerate(groups):
+            if v == q:
                 continue
-            region, valid = overlap(boxes[q], boxes[v])
-            o1 = region_align(_as_map(r1), boxes[q], region, size)              # (B, C, S * S)
-            o2 = region_align(_as_map(r2), boxes[v], region, size)              # (B, C, S * S)
-            total = total + torch.where(valid, loss(o1, o2), 0).sum()
+            region, valid = overlap(boxes[q].repeat(len(views), 1), its_boxes.flatten(0, 1))                    # (V * B, 4)
+            o1 = region_align(_as_map(r1), boxes[q], region.unflatten(0, (len(views), -1)).transpose(0, 1), size)    # (B, V, C, S * S)
+            o2 = region_align(_as_map(views.flatten(0, 1)), its_boxes.flatten(0, 1), region, size)              # (V * B, C, S * S)
+            total = total + torch.where(valid, loss(o1.transpose(0, 1).flatten(0, 1), o2), 0).sum()
             pairs = pairs + valid.sum()
     # DDP averages gradients over processes; dividing by the mean number of pairs makes that average the global mean.
     return total / average_over_processes(pairs.float()).clamp(min=1e-6)
@@ -119,12 +121,16 @@ class RelationHead(nn.Module):
 
     def project(self, x):
         """h: patch features r (B, C, N) -> (B, C, N)."""
-        return F.relu(self.norm(x.float()))
+        return self._normalize(self.norm, x)
 
     def predict(self, z):
         """g: projected features (B, C, N) -> (B, C, N)."""
-        z = self.predictor["linear"](z.mT).mT    # over channels
-        return F.relu(self.predictor["norm"](z.float()))
+        return self._normalize(self.predictor["norm"], self.predictor["linear"](z.mT).mT)    # linear over channels
+
+    def _normalize(self, norm, x):
+        """ReLU(BatchNorm(x)), with the channels of a patch side by side as the encoder leaves them: half the time of (B, C, N)."""
+        patches = x.mT.flatten(0, 1)                                                   # (B * N, C)
+        return F.relu(norm(patches.float())).unflatten(0, (len(x), -1)).mT             # (B, C, N)
 
     def forward(self, x):
         z = self.project(x)

@@ -5,7 +5,7 @@ of cells and reads both feature maps at the cells' centres, so that entry n of e
 the image. Geometry is in fractions of the original image, x to the right, y down: a view's box is the row
 (x0, y0, x1, y1, flipped).
 
-B batch, C channels, H x W feature map, S points a side
+B batch, C channels, H x W feature map, R regions, S points a side
 """
 
 import torch
@@ -24,7 +24,7 @@ def overlap(boxes_a, boxes_b):
 
 
 def _interpolation_matrix(position, length):
-    """Bilinear weights (B, S, length) that read a row of `length` values at `position` (B, S), in units of cells.
+    """Bilinear weights (..., S, length) that read a row of `length` values at `position` (..., S), in units of cells.
 
     Value i sits at i; a position beyond the first or last value reads that value (border, not zero, padding).
     """
@@ -37,18 +37,23 @@ def region_align(features, boxes, region, size):
     """Read feature maps at the centres of a region's size x size cells, by bilinear interpolation.
 
     features: (B, C, H, W) feature maps of views; boxes: (B, 5) where those views lie, and whether mirrored;
-    region: (B, 4), see `overlap`. Returns (B, C, size * size), cells row by row, left to right in the original image.
+    region: (B, 4), see `overlap`, or (B, R, 4), R of them in each view. Returns (B, C, size * size) or (B, R, C, size * size),
+    cells row by row, left to right in the original image.
 
-    Bilinear interpolation on a grid is separable: with one small matrix an axis the sample is R F Qᵀ, exact,
+    Bilinear weights on a grid are products of a row's and a column's: the sample is one product with a small matrix an image, exact,
     and deterministic on every device. Equals torchvision.ops.roi_align(sampling_ratio=1, aligned=True) of the region.
     """
+    if region.ndim == 2:
+        return region_align(features, boxes, region[:, None], size)[:, 0]
     H, W = features.shape[-2:]
     cells = (torch.arange(size, device=boxes.device) + 0.5) / size                  # (S,) centres, fractions of the region
-    low, high = region[:, 0:2, None], region[:, 2:4, None]                          # (B, 2, 1)
-    centres = low + (high - low) * cells                                            # (B, 2, S) fractions of the image
-    in_view = (centres - boxes[:, 0:2, None]) / (boxes[:, 2:4] - boxes[:, 0:2])[..., None]   # fractions of the view
-    x, y = in_view.unbind(dim=1)                                                    # (B, S)
-    x = torch.where(boxes[:, 4:5] > 0, 1 - x, x)
-    rows = _interpolation_matrix(y * H - 0.5, H).to(features.dtype)                 # (B, S, H); patch i covers [i, i + 1] / H
-    columns = _interpolation_matrix(x * W - 0.5, W).to(features.dtype)              # (B, S, W)
-    return (rows[:, None] @ features @ columns[:, None].mT).flatten(2)              # (B, C, S, S) -> (B, C, S * S)
+    low, high = region[:, :, 0:2, None], region[:, :, 2:4, None]                    # (B, R, 2, 1)
+    centres = low + (high - low) * cells                                            # (B, R, 2, S) fractions of the image
+    corner, opposite = boxes[:, None, 0:2, None], boxes[:, None, 2:4, None]         # (B, 1, 2, 1)
+    x, y = ((centres - corner) / (opposite - corner)).unbind(dim=2)                 # (B, R, S) fractions of the view
+    x = torch.where(boxes[:, None, 4:5] > 0, 1 - x, x)
+    rows = _interpolation_matrix(y * H - 0.5, H)                                    # (B, R, S, H); patch i covers [i, i + 1] / H
+    columns = _interpolation_matrix(x * W - 0.5, W)                                 # (B, R, S, W)
+    weights = torch.einsum("brih,brjw->brijhw", rows, columns).to(features.dtype)
+    sampled = features.flatten(2) @ weights.flatten(4).flatten(1, 3).mT             # (B, C, H * W) @ (B, H * W, R * S * S)
+    return sampled.unflatten(2, (-1, size * size)).transpose(1, 2)                  # (B, R, C, S * S)

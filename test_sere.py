@@ -1945,8 +1945,9 @@ def test_a_signal_during_knn_stops_it(folder, uninterrupted, tmp_path, capsys, m
 def test_without_a_terminal_losses_are_lines(folder, tmp_path, capsys):
     run(folder, tmp_path, "--max_steps", 3, "--log_every", 2, "--knn_every", 0)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert [line.split(":")[0] for line in lines] == ["step 2/12", "step 3/12"] and "L_p 2." in lines[0]    # the last one too
-    assert list(losses(tmp_path)[0]) == [2, 3]
+    logged = losses(tmp_path)[0]
+    assert [line.split(":")[0] for line in lines] == ["step 2/12", "step 3/12"] and list(logged) == [2, 3]    # the last one too
+    assert f"L_p {logged[2][2]:.3f}, L_c {logged[2][3]:.3f}" in lines[0]
 
 
 def test_a_kill_during_knn_loses_no_training(folder, uninterrupted, tmp_path, monkeypatch):

@@ -413,8 +413,8 @@ class Training:
                     with torch.no_grad():
                         taught = self.teacher(views[:1])
                     learned = self.network(views, mask)
+                    l_p, l_c = self.relation_loss(taught, learned, boxes)
                 l_i = self.embedding_loss(learned.embedding, taught.embedding, self.teacher_temp[epoch], boxes, mask)
-                l_p, l_c = self.relation_loss(taught, learned, boxes)
                 loss = args.li_weight * l_i + args.alpha * l_p + args.beta * l_c    # Eq. 6
                 self.scaler.scale(loss / args.grad_accum_steps).backward()
             terms = terms + torch.stack([loss, l_i, l_p, l_c]).detach() / args.grad_accum_steps
@@ -466,8 +466,12 @@ def diagnostics(teacher, boxes, sere):
 def describe(args, processes, effective_batch, lr):
     """What args.json says: all arguments, and what they became here."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    device = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else platform.processor() or "cpu"
+    device = device_name(processes.device)
     return vars(args) | {"processes": processes.size, "effective_batch": effective_batch, "effective_lr": lr, "device": device, "versions": versions}
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
 
 
 def train(args, processes, requests):
@@ -677,6 +681,17 @@ def draw_attention_of(images, encoder, size, device, path, number=6):
     draw_attention(path, encoder, normalize(crops.to(device).float() / 255))
 
 
+def settle(args, device):
+    """What --precision auto, and --compile if not given, are on this device."""
+    cuda = device.type == "cuda"
+    if args.precision == "auto":
+        args.precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
+    if args.compile is None:
+        args.compile = cuda
+    if cuda:
+        torch.set_float32_matmul_precision("high")    # TF32 where autocast leaves float32: MoCo v3's similarities
+
+
 def main(argv=None):
     """Train as the command line (a list of str; sys.argv if None) says."""
     args = parse_args(argv)
@@ -684,13 +699,7 @@ def main(argv=None):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     processes = Processes()
-    cuda = processes.device.type == "cuda"
-    if args.precision == "auto":
-        args.precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
-    if args.compile is None:
-        args.compile = cuda
-    if cuda:
-        torch.set_float32_matmul_precision("high")    # TF32 for what autocast leaves in float32: self-relations
+    settle(args, processes.device)
     try:
         with stop_requests() as requests:
             train(args, processes, requests)

@@ -1,0 +1,344 @@
+"""What a training step costs, part by part, and how far that is from what the machine can do.
+
+    python benchmark.py                                            the paper's Sec. 4.1, on images of noise
+    python benchmark.py --recipe ibot --alpha 0 --beta 0           with any flags of train.py; here iBOT alone
+    python benchmark.py --loader --data_path /path/to/imagenet     the loader alone, beside bare decoding
+
+The step and the loader are train.py's own, timed from outside. Writes no file; the last line printed is a JSON object.
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import platform
+import sys
+import time
+from collections import Counter
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import train
+from data import build_dataset, on_device
+from distributed import Processes
+from model import Network
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+NOISE = "noise"        # --data_path where none is given
+EPOCH = 1_000_000      # images, at least: no epoch ends while time is taken
+
+
+class Noise(Dataset):
+    """Images of the size of ImageNet's, drawn when asked for; all of a loader's work but for reading and decoding files."""
+
+    labels, classes = torch.full((EPOCH,), -1), 0
+
+    def __len__(self):
+        return EPOCH
+
+    def __getitem__(self, index):
+        pixels = np.random.default_rng(index).integers(256, size=(400, 470, 3), dtype=np.uint8)
+        return torch.from_numpy(pixels).permute(2, 0, 1), -1
+
+
+class Repeated(Dataset):
+    """A data set over and over."""
+
+    def __init__(self, images):
+        self.images, self.classes = images, images.classes
+        self.labels = images.labels.repeat(-(-EPOCH // len(images)))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.images[index % len(self.images)]
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+PARTS = ("loader", "transfer", "photometric", "teacher", "student", "L_I", "L_p", "L_c", "backward", "optimizer", "EMA", "other")
+
+
+class Clock:
+    """Whose the time is: at any moment one part's, that of the innermost entered. On a GPU by events in its stream, for which nothing waits."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+        self.entered, self.marks = ["other"], []
+
+    def mark(self):
+        """From now on time belongs to the part entered last."""
+        now = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
+        if self.cuda:
+            now.record()
+        self.marks.append((self.entered[-1], now))
+
+    @contextlib.contextmanager
+    def part(self, name):
+        self.entered.append(name)
+        self.mark()
+        yield
+        self.entered.pop()
+        self.mark()
+
+    def timed(self, name, function):
+        """The function, its calls counted as part `name`."""
+        def call(*args, **kwargs):
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    def milliseconds(self):
+        """{part: milliseconds} since the last call; what is computed by then counts whole."""
+        self.mark()
+        if self.cuda:
+            torch.cuda.synchronize()
+        totals = Counter()
+        for (name, start), (_, end) in itertools.pairwise(self.marks):
+            totals[name] += start.elapsed_time(end) if self.cuda else 1e3 * (end - start)
+        self.marks = []
+        self.mark()
+        return totals
+
+
+@contextlib.contextmanager
+def timed_step(clock, training):
+    """A time in which the clock knows the parts of training.step."""
+    def replace_call(module, wrap):    # compiled or not: what is compiled lies below nn.Module's __call__
+        kind = type(module)
+        module.__class__ = type(kind.__name__, (kind,), {"__call__": wrap(kind.__call__)})
+
+    def one_by_one(call):    # without its heads a loss is 0
+        def both(loss, taught, learned, boxes):
+            l_p, _ = clock.timed("L_p", call)(loss, taught._replace(channel=[]), learned._replace(channel=[]), boxes)
+            _, l_c = clock.timed("L_c", call)(loss, taught._replace(spatial=[]), learned._replace(spatial=[]), boxes)
+            return l_p, l_c
+
+        return both
+
+    for name, module in {"photometric": training.photometric, "teacher": training.teacher, "student": training.student, "L_I": training.embedding_loss}.items():
+        replace_call(module, functools.partial(clock.timed, name))
+    replace_call(training.relation_loss, one_by_one)
+    with contextlib.ExitStack() as patches:
+        for owner, function, name in (
+            (torch.Tensor, "backward", "backward"), (train, "clip_gradients", "optimizer"), (training.optimizer, "step", "optimizer"), (train, "update_teacher", "EMA"),
+        ):
+            patches.enter_context(mock.patch.object(owner, function, clock.timed(name, getattr(owner, function))))
+        yield
+
+
+def each(items, next_item):
+    """items, each got by a call of next_item."""
+    items = iter(items)
+    while True:
+        yield next_item(items)
+
+
+# --- what could be ----------------------------------------------------------------------------------------------------
+
+
+def count_flops(args):
+    """Floating-point operations of one process's step, 2 a multiply-add: matrix products, convolutions and attention of the teacher
+    (forward), the student and the losses (forward and backward). Nothing is computed: all tensors are without memory."""
+    args = argparse.Namespace(**vars(args) | {"init_from": None})
+    numbers = [(2, args.global_crops_size), (args.local_crops_number, args.local_crops_size)]
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        baseline = train.build_baseline(args)
+        student, teacher = train.build_networks(args, baseline)
+        views = [torch.empty(number, args.batch_size_per_gpu, 3, size, size) for number, size in numbers if number]
+        boxes = torch.empty(2 + args.local_crops_number, args.batch_size_per_gpu, 5)
+        mask = torch.empty(2, args.batch_size_per_gpu, baseline.mask.grid**2, dtype=torch.bool) if baseline.mask else None
+        with torch.no_grad():
+            taught = teacher(views[:1])
+        learned = student(views, mask)
+        l_i = baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes, mask)
+        (l_i + sum(train.build_relation_loss(args)(taught, learned, boxes))).backward()
+    return counter.get_total_flops() * args.grad_accum_steps
+
+
+def matmul_rate(device, dtype):
+    """Floating-point operations a second of a large matrix product, the best of a few: what MFU is a share of."""
+    n, products = (8192, 10) if device.type == "cuda" else (2048, 1)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 * products / seconds_of(lambda: [a @ b for _ in range(products)], device)
+
+
+def seconds_of(function, device, calls=10):
+    """The shortest of several calls, after two that don't count."""
+    shortest = float("inf")
+    for call in range(2 + calls):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if call >= 2:
+            shortest = min(shortest, time.perf_counter() - start)
+    return shortest
+
+
+class Tokens(nn.Module):
+    """Stands where an encoder does, but is given the tokens."""
+
+    norm = nn.Identity()
+
+    def forward(self, tokens, mask=None):
+        return tokens
+
+
+def relations_alone(args, training, device):
+    """Seconds that SERE adds to a step: heads, L_p, L_c, and their backward pass down to the encoder's tokens."""
+    encoder, B = training.student.backbone, args.batch_size_per_gpu
+    grids = [(2, args.global_crops_size // encoder.patch_size), (args.local_crops_number, args.local_crops_size // encoder.patch_size)]
+    tokens = [torch.randn(number, B, 1 + grid**2, encoder.dim, device=device, requires_grad=True) for number, grid in grids if number]
+    low = 0.4 * torch.rand(2 + args.local_crops_number, B, 2, device=device)
+    boxes = torch.cat([low, low + 0.5, torch.zeros_like(low[..., :1])], dim=-1)
+    student, teacher = (Network(Tokens(), None, n.spatial, n.channel) for n in (training.student, training.teacher))
+    loss = train.build_relation_loss(args)
+    if args.compile:
+        for module in (student, teacher, loss):
+            module.compile(dynamic=False)
+
+    def forward_and_backward():
+        with torch.autocast(device.type, training.dtype, enabled=training.dtype != torch.float32):
+            with torch.no_grad():
+                taught = teacher(tokens[:1])
+            learned = student(tokens)
+            l_p, l_c = loss(taught, learned, boxes)
+        (args.alpha * l_p + args.beta * l_c).backward()
+
+    return args.grad_accum_steps * seconds_of(forward_and_backward, device)
+
+
+# --- the two measurements ---------------------------------------------------------------------------------------------
+
+
+def time_step(args, steps, warmup_steps):
+    """A table of a step's parts. Returns what the JSON line says."""
+    flops = count_flops(args)
+    processes = Processes()
+    device, say = processes.device, print if processes.rank == 0 else lambda *_: None
+    train.settle(args, device)
+    images = Noise() if args.data_path == NOISE else Repeated(build_dataset(args.data_path, "train"))
+    training, clock = train.Training(args, processes, len(images)), Clock(device)
+    training.make_ready()
+    loader = train.build_loader(args, images, training.mask, processes)
+    views = each((views for views, _ in each(loader, clock.timed("loader", next))), next)
+    batches = each(on_device(views, device), clock.timed("transfer", next))
+    with timed_step(clock, training):
+        for step in tqdm(range(warmup_steps + steps), "steps, the first to warm up", disable=None if processes.rank == 0 else True):
+            if step == warmup_steps:
+                clock.milliseconds()
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+            terms = training.step(step, batches).terms
+        spent = clock.milliseconds()
+    if not terms.isfinite().all():
+        raise FloatingPointError(f"the loss is {terms[0].item()}: no step to take the time of")
+    parts = {name: spent[name] / steps for name in PARTS}
+    step_ms = sum(parts.values())
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak_resident()
+    rate = matmul_rate(device, training.dtype)
+    relations_ms = 1e3 * relations_alone(args, training, device) if args.alpha or args.beta else 0.0
+    result = {
+        "recipe": args.recipe, "arch": args.arch, "batch": training.effective_batch, "views": [2, args.global_crops_size, args.local_crops_number, args.local_crops_size],
+        "alpha": args.alpha, "beta": args.beta, "precision": args.precision, "compile": args.compile, "processes": processes.size, "threads": torch.get_num_threads(),
+        "device": train.device_name(device), "torch": torch.__version__, "images_per_s": 1e3 * training.effective_batch / step_ms, "step_ms": step_ms, "parts_ms": parts,
+        "relations_ms": relations_ms, "peak_memory_gib": peak, "tflop": flops / 1e12, "matmul_tflops": rate / 1e12, "mfu": flops / (1e-3 * step_ms * rate),
+    }
+    say(f"{args.recipe}: {args.arch}/{args.patch_size}, batch {training.effective_batch}, 2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size} pixels")
+    say(f"{processes.size} process(es) on {result['device']}, {args.precision}{', compiled' if args.compile else ''}; mean of {steps} steps")
+    for name, ms in parts.items():
+        say(f"  {name:12s} {ms:9.2f} ms  {100 * ms / step_ms:5.1f} %")
+    say(f"  {'a step':12s} {step_ms:9.2f} ms         {result['images_per_s']:.1f} images/s")
+    say(f"of it SERE, measured alone (h, g, L_p, L_c, forward and backward): {relations_ms:.2f} ms, {100 * relations_ms / step_ms:.1f} %")
+    say(f"{flops / 1e12:.3f} TFLOP a process at {flops / step_ms / 1e9:.2f} TFLOP/s: {100 * result['mfu']:.1f} % of this device's matrix products, {rate / 1e12:.2f} TFLOP/s (MFU)")
+    say(f"peak memory {peak:.2f} GiB{'' if device.type == 'cuda' else ' (the process)'}")
+    processes.close()
+    return result if processes.rank == 0 else None
+
+
+def peak_resident():
+    """Most memory this process has held, in GiB; None where the system does not say."""
+    try:
+        import resource    # not on Windows
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if platform.system() == "Darwin" else 2**20)
+
+
+def time_loader(args, rounds=5, most=100):
+    """Milliseconds an image of the loader's work in one process, and of the loader's processes together. Returns what the JSON line says."""
+    if args.data_path == NOISE:
+        raise OSError("--loader needs images to decode: give --data_path")
+    torch.set_num_threads(1)
+    images = build_dataset(args.data_path, "train")
+    if not hasattr(images, "path"):
+        raise OSError(f"--loader needs image files, and {args.data_path} has none")
+    loader = train.build_loader(args, Repeated(images), train.build_baseline(args).mask, Processes())
+    chosen = np.random.default_rng(0).permutation(len(images))[:most].tolist()
+
+    def bare(index):
+        with Image.open(images.path(index)) as image:
+            image.convert("RGB")
+
+    work = {"Pillow": bare, "decode": images.__getitem__, "all": lambda index: loader.collate_fn([loader.dataset[0, index]])}
+    best = {name: np.full(len(chosen), np.inf) for name in work}
+    for _ in tqdm(range(rounds), "rounds", disable=None):
+        for i, index in enumerate(chosen):
+            for name, function in work.items():    # in turns: what disturbs one disturbs the other
+                start = time.perf_counter()
+                function(index)
+                best[name][i] = min(best[name][i], time.perf_counter() - start)
+    ms = {name: 1e3 * times.mean() for name, times in best.items()}
+
+    batches, number = iter(loader), max(4, 2 * args.num_workers)
+    for _ in range(1 + args.num_workers):
+        next(batches)
+    start = time.perf_counter()
+    for _ in range(2 * number):
+        next(batches)
+    images_per_s = 2 * number * args.batch_size_per_gpu / (time.perf_counter() - start)
+
+    print(f"{len(chosen)} images of {args.data_path}, 2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size} pixels; milliseconds an image, each the best of {rounds}")
+    print(f"  bare decoding (Pillow)      {ms['Pillow']:6.2f}")
+    print(f"  decoding to a tensor        {ms['decode']:6.2f}")
+    print(f"  all, from file to batch     {ms['all']:6.2f}     {ms['all'] / ms['Pillow']:.2f} times bare decoding")
+    print(f"{args.num_workers} loader process(es): {images_per_s:.0f} images/s")
+    return {"pillow_ms": ms["Pillow"], "decode_ms": ms["decode"], "all_ms": ms["all"], "ratio": ms["all"] / ms["Pillow"], "num_workers": args.num_workers, "images_per_s": images_per_s}
+
+
+def main(argv=None):
+    """Measure what the command line (a list of str; sys.argv if None) says."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="benchmark.py", usage="benchmark.py [--loader] [--steps N] [flags of train.py]", add_help=False, allow_abbrev=False, description=__doc__)
+    parser.add_argument("--loader", action="store_true", help="time the loader alone, on --data_path")
+    parser.add_argument("--steps", type=int, default=20, help="steps to take the time of (default: %(default)s)")
+    parser.add_argument("--warmup_steps", type=int, default=5, help="steps before them (default: %(default)s)")
+    own, rest = parser.parse_known_args(argv)
+    if {"-h", "--help"} & set(rest):
+        parser.print_help()
+        print("\nand of train.py:\n")
+    args = train.parse_args(rest if "--data_path" in rest else ["--data_path", NOISE, *rest])
+    if own.steps < 1 or own.warmup_steps < 1:
+        parser.error("--steps and --warmup_steps must be at least 1")
+    try:
+        result = time_loader(args) if own.loader else time_step(args, own.steps, own.warmup_steps)
+    except (OSError, FloatingPointError) as error:
+        sys.exit(f"benchmark.py: error: {str(error).strip().splitlines()[-1]}")
+    if result:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

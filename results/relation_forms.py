@@ -1,0 +1,88 @@
+"""Other ways to compute L_p and L_c, timed beside the one in relations.py; each is checked against it first.
+
+    PYTHONPATH=. python results/relation_forms.py --data_path noise --batch_size_per_gpu 8
+
+With train.py's flags. A figure is the milliseconds of heads, losses and their backward pass, the least of some rounds in turns.
+"""
+
+import math
+import sys
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+import ablations
+import baselines
+import benchmark
+import relations
+import train
+from distributed import Processes
+
+
+def pair_by_pair(targets, logits):
+    """mean_over_pairs with a cross-entropy a pair: no sum of targets."""
+    terms = [relations.cross_entropy(target, student).mean() for v, student in enumerate(logits) for q, target in enumerate(targets) if q != v]
+    return sum(terms) / len(terms)
+
+
+def attention(self, teacher, student, boxes):
+    """L_p without the teacher's relation: CE_i = logsumexp_j S_ij - k_s s_i . attention(t, t, s)_i."""
+    def eq3(p1, p2):
+        t, s = (p.unflatten(1, (self.heads, -1)).mT for p in (p1.detach(), p2))    # (B, M, S * S, C / M)
+        k_t, k_s = (1 / (math.sqrt(t.shape[-1]) * temperature) for temperature in (self.teacher_temperatures[0], self.student_temperatures[0]))
+        read = F.scaled_dot_product_attention(t, t, s, scale=k_t)
+        logits = relations.spatial_relation(p2, self.heads, self.student_temperatures[0])
+        return (logits.float().logsumexp(dim=-1) - k_s * (s * read).sum(dim=-1)).flatten(1).mean(dim=1)
+
+    return relations.mean_over_overlaps(eq3, teacher, student, boxes, self.overlap_global, self.overlap_local)
+
+
+def pair_of_views_by_pair(loss, teacher, student, boxes, size_global, size_local):
+    """mean_over_overlaps with a pair of views at a time."""
+    total, pairs = 0.0, 0.0
+    for v, r2 in enumerate(view for views in student for view in views):
+        size = size_global if v < len(teacher) else size_local
+        for q, r1 in enumerate(teacher):
+            if q != v:
+                region, valid = relations.overlap(boxes[q], boxes[v])
+                o1, o2 = (relations.region_align(relations._as_map(r), boxes[i], region, size) for r, i in ((r1, q), (r2, v)))
+                total, pairs = total + torch.where(valid, loss(o1, o2), 0).sum(), pairs + valid.sum()
+    return total / pairs
+
+
+FORMS = {    # what is patched, compiled?, half precision?
+    "as in relations.py": ([], False, False),
+    "L_c pair by pair": ([(relations, "mean_over_pairs", pair_by_pair)], False, False),
+    "⊙ pair by pair": ([(relations, "mean_over_overlaps", pair_of_views_by_pair)], False, False),
+    "L_p as attention": ([(relations.SelfRelationLoss, "spatial", attention)], False, False),
+    "compiled": ([], True, False),
+    "bfloat16, softmax in float32": ([], False, True),
+    "the same, compiled": ([], True, True),
+    "the same, compiled, L_p as attention": ([(relations.SelfRelationLoss, "spatial", attention)], True, True),
+}
+
+
+def main():
+    args = train.parse_args(sys.argv[1:])
+    processes = Processes()
+    train.settle(args, processes.device)
+    training = train.Training(args, processes, benchmark.EPOCH)
+    best, values = dict.fromkeys(FORMS, float("inf")), {}
+    for _ in range(3):
+        for name, (patches, args.compile, half) in FORMS.items():
+            training.dtype = torch.bfloat16 if half else torch.float32
+            torch.manual_seed(0)
+            patchers = [mock.patch.object(*patch) for patch in patches]
+            for patcher in patchers:
+                patcher.start()
+            best[name] = min(best[name], 1e3 * benchmark.relations_alone(args, training, processes.device))
+            for patcher in patchers:
+                patcher.stop()
+    print(f"{args.arch}, {args.batch_size_per_gpu} images, {train.device_name(processes.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for name, ms in best.items():
+        print(f"{name:40s} {ms:9.2f} ms  {ms / best['as in relations.py']:5.2f}")
+
+
+if __name__ == "__main__":
+    main()
