@@ -4,6 +4,8 @@ Every data set here is map-style, gives (uint8 image (3, H, W), label or -1), an
 that costs no decoding, and `classes`, their number. Those of `build_segmentation` give (image, uint8 mask (H, W)).
 """
 
+import atexit
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -310,6 +312,14 @@ def ignore_signals(worker):
     """For loader workers: Ctrl-C reaches every process of a terminal, but it is the trainer that stops, in its own time."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers():
+    """A run that failed may leave workers behind, which would not hear the SIGTERM that Python sends them at its end and then waits for."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 # --- the training set -------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from augment import normalize
 from checkpoint import find_checkpoint, save
 from data import IGNORED, Transformed, build_dataset, build_segmentation, count_classes, evaluation_crop, labelled
 from distributed import Processes, world
-from finetune import Classifier, augmentation, autocast, classification_loss, fit, loader_of, sum_over_processes, top_accuracies, training_share
+from finetune import Classifier, augmentation, autocast, classification_loss, fit, loader_of, say_progress, say_resumed, sum_over_processes, top_accuracies, training_share
 from model import ARCHITECTURES
 from segment import Crops, Segmenter, evaluate_segmentation, segmentation_loss
 from weights import load_encoder
@@ -158,8 +158,7 @@ def linear_accuracy(
         for name, part in (("probes", probes), ("optimizer", optimizer), ("schedule", schedule)):
             part.load_state_dict(checkpoint[name])
         first = checkpoint["epoch"]
-        if rank == 0:
-            print(f"{path}: going on after epoch {first} of {epochs}")
+        say_resumed(path, first, epochs)
     network = DistributedDataParallel(probes) if processes > 1 else probes
 
     @torch.no_grad()
@@ -187,6 +186,7 @@ def linear_accuracy(
         schedule.step()
         if path and rank == 0:
             save({"probes": probes.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "epoch": epoch + 1, "arguments": arguments}, path)
+        say_progress(bar, epoch + 1, epochs, loss.item() / len(rates))
     bar.close()
 
     on_val = accuracy(val_loader, len(labelled(val)))
@@ -216,7 +216,7 @@ def knn_task(args, encoder, size, device, say):
     say("    k   top-1")
     for k, value in accuracy.items():
         say(f"{k:5d}  {value:5.1f} %" + (f"  (there are {n})" if k > n else ""))
-    return {"temperature": args.temperature, "top1": accuracy}
+    return {"images": n, "top1": accuracy}
 
 
 def linear_task(args, encoder, size, device, say):
@@ -236,7 +236,7 @@ def linear_task(args, encoder, size, device, say):
     for i, (rate, on_held, on_val) in enumerate(rows):
         say(f"{rate:10g}    {on_held:5.1f} %  {on_val:5.1f} %" + (f"  <- chosen on {'what was held out' if args.holdout else 'val'}" if i == chosen else ""))
     return {
-        "epochs": args.epochs, "batch_size": args.batch_size_per_gpu * world()[1], "blocks": blocks, "mean_patch": mean_patch, "holdout": args.holdout,
+        "n_last_blocks": blocks, "avgpool_patchtokens": mean_patch,
         "rates": [dict(zip(("lr", "held_out", "val"), row)) for row in rows], "lr": rows[chosen][0], "top1": rows[chosen][2],
     }
 
@@ -251,8 +251,8 @@ def finetune_task(args, encoder, size, device, say):
     top1, top5 = top_accuracies(model, val, size, device, args.batch_size_per_gpu, args.num_workers)
     say(f"finetune, {size} px, {len(share)} of {len(labelled(train))} training images of {args.data_path}, {args.epochs} epochs, batch "
         f"{args.batch_size_per_gpu * world()[1]}, lr {args.lr:g} per 256, layer decay {args.layer_decay}, final epoch")
-    say(f"top-1 {top1:.1f} %  top-5 {top5:.1f} %  on {len(labelled(val))} validation images")
-    return {"epochs": args.epochs, "images": len(share), "lr": args.lr, "layer_decay": args.layer_decay, "top1": top1, "top5": top5}
+    say(f"top-1 {top1:.1f} %" + (f"  top-5 {top5:.1f} %" if train.classes > 5 else "") + f"  on {len(labelled(val))} validation images")
+    return {"images": len(share), "classes": train.classes, "top1": top1, "top5": top5}
 
 
 def segment_task(args, encoder, size, device, say):
@@ -261,7 +261,8 @@ def segment_task(args, encoder, size, device, say):
     args.lr = args.lr or (0.01 if args.frozen else 5e-4)
     model = Segmenter(encoder, classes, args.frozen).to(device)
     loader = loader_of(Crops(train, size, tuple(args.scale)), args.batch_size_per_gpu, args.num_workers, device, shuffle=True)
-    test_size = args.test_size or round(size * 256 / 224)
+    patch = encoder.patch_size
+    test_size = max(1, round((args.test_size or size * 256 / 224) / patch)) * patch
     if args.sliding and test_size < size:
         raise ValueError(f"--sliding: windows of {size} do not fit into --test_size {test_size}")
     fit(model, segmentation_loss, loader, args, device, *resumable(args, encoder, size, list(range(len(train)))))
@@ -270,7 +271,7 @@ def segment_task(args, encoder, size, device, say):
         f"{args.epochs} epochs, batch {args.batch_size_per_gpu * world()[1]}, lr {args.lr:g} per 256, final epoch")
     say(f"{len(val)} images of {args.val_split}, short side {test_size}{f', windows of {size}' if args.sliding else ''}, {classes} classes")
     say("  ".join(f"{name} {value:.1f} %" for name, value in result.items()))
-    return {"frozen": args.frozen, "epochs": args.epochs, "lr": args.lr, "layer_decay": args.layer_decay, "classes": classes, "test_size": test_size} | result
+    return {"images": len(train), "classes": classes, "test_size": test_size} | ({"layer_decay": None} if args.frozen else {}) | result
 
 
 def export_task(args, encoder, size, device, say):
@@ -282,7 +283,7 @@ def export_task(args, encoder, size, device, say):
     say(f"{args.output}: {len(encoder.state_dict())} keys, as in {names}; for both a strict load")
     if encoder.heads:
         say(f"elsewhere, build it with {encoder.heads} heads: its shapes don't tell")
-    return {"output": args.output}
+    return {}
 
 
 TASKS = {"knn": knn_task, "linear": linear_task, "finetune": finetune_task, "segment": segment_task, "export": export_task}
@@ -307,7 +308,7 @@ def resumable(args, encoder, size, indices):
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-USAGE = "evaluate.py {} --pretrained_weights FILE [--data_path PATH] [--flag value ...]"
+USAGE = "evaluate.py {} --pretrained_weights FILE [--data_path PATH] [--flag value ...]; evaluate.py TASK --help lists the flags"
 
 
 def parse_args(argv=None):
@@ -368,7 +369,7 @@ def parse_args(argv=None):
     flag(segment, "ignore_index", "what masks call a pixel that does not count", IGNORED, type=int)
     flag(segment, "scale", "range of a training crop's share of the image", [0.25, 1.0], type=float, nargs=2)
     flag(segment, "val_split", "folder of the images to measure on", "val")
-    flag(segment, "test_size", "short side of an image when it is segmented; 256 / 224 of the training size if not given", type=int)
+    flag(segment, "test_size", "short side of an image when it is segmented, in whole patches; 256 / 224 of the training size if not given", type=int)
     flag(segment, "sliding", "slide windows of the training size over it instead of taking it at once", False, action="store_true")
     export = task("export", "the encoder alone, as a plain state dict", weights)
     flag(export, "output", "file to write", required=True, metavar="FILE")
@@ -384,7 +385,7 @@ def parse_args(argv=None):
     if args.task == "finetune" and args.train_fraction > 1:
         parser.error("--train_fraction must be at most 1")
     if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", 1):
-        parser.error(f"--warmup_epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
+        parser.error(f"--warmup_epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}: give 0 to {args.epochs - 1}")
     return args
 
 
@@ -403,12 +404,15 @@ def main(argv=None):
         if size % encoder.patch_size:
             raise ValueError(f"--image_size {size} is not a multiple of the patch size {encoder.patch_size}")
         result = TASKS[args.task](args, encoder, size, device, print if processes.rank == 0 else lambda *_: None)
-        result = {name: getattr(args, name) for name in ("task", "pretrained_weights", "data_path", "seed") if name in args} | {"image_size": size} | result
+        result = vars(args) | {"image_size": size, "heads": encoder.heads, "processes": processes.size} | result
         if args.json and processes.rank == 0:
             Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
     except (OSError, ValueError, FloatingPointError) as error:
-        # All processes fail alike, so one speaks. A loader's worker puts its stack before the message.
-        sys.exit(f"evaluate.py: error: {str(error).strip().splitlines()[-1]}" if processes.rank == 0 else 1)
+        who = f" (process {processes.rank})" if processes.size > 1 else ""    # an image may be unreadable for one of them
+        sys.exit(f"evaluate.py: error{who}: {str(error).strip().splitlines()[-1]}")    # a loader's worker puts its stack before the message
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; what is trained goes on from its last whole epoch with the same command\n" if processes.rank == 0 else "")
+        sys.exit(130)
     finally:
         processes.close()
     return result

@@ -48,6 +48,19 @@ def sum_over_processes(x):
     return x
 
 
+def say_resumed(path, epoch, epochs):
+    """What a run says that found its own checkpoint."""
+    if world()[0] == 0:
+        print(f"{path}: going on after epoch {epoch} of {epochs}" if epoch < epochs else f"{path}: trained before; measured again", flush=True)
+
+
+def say_progress(bar, epoch, epochs, loss):
+    """The loss of an epoch's last batch, in the bar, or where there is no terminal in a line."""
+    bar.set_postfix(epoch=epoch, loss=f"{loss:.3f}")
+    if bar.disable and world()[0] == 0:
+        print(f"epoch {epoch}/{epochs}: loss {loss:.3f}", flush=True)
+
+
 def fit(model, loss, loader, args, device, path, arguments):
     """Train `model`, which has an `encoder` and a `head`, and leave its state in the file `path` after every epoch; go on from there.
 
@@ -63,8 +76,7 @@ def fit(model, loss, loader, args, device, path, arguments):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["epoch"]
-        if world()[0] == 0:
-            tqdm.write(f"{path}: going on after epoch {first} of {args.epochs}")
+        say_resumed(path, first, args.epochs)
     network = DistributedDataParallel(model) if world()[1] > 1 else model
     bar = tqdm(total=args.epochs * len(loader), initial=first * len(loader), unit="step", disable=None if world()[0] == 0 else True, dynamic_ncols=True)
     for epoch in range(first, args.epochs):
@@ -81,11 +93,11 @@ def fit(model, loss, loader, args, device, path, arguments):
             value.backward()
             optimizer.step()
             bar.update()
-        bar.set_postfix(epoch=epoch + 1, loss=f"{value.item():.3f}")
         if not value.isfinite():
             raise FloatingPointError(f"the loss is {value.item()} in epoch {epoch + 1}; try a lower --lr. {path} is of the epoch before")
         if world()[0] == 0:
             save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "arguments": arguments}, path)
+        say_progress(bar, epoch + 1, args.epochs, value.item())
     bar.close()
     model.eval()
 

@@ -1051,6 +1051,8 @@ def test_moco_v3s_vit_small_has_12_heads_and_others_6(tmp_path, capsys):
     torch.save(vit.state_dict() | {"reg_token": torch.zeros(1, 4, 384)}, tmp_path / "registers.pth")
     with pytest.raises(ValueError, match="holds a ViT with reg_token"):
         weights.load_encoder(tmp_path / "registers.pth")
+    with pytest.raises(ValueError, match="out.pth is an encoder with 12 heads, not 6; it tells, so leave out --heads"):
+        weights.load_encoder(tmp_path / "out.pth", heads=6)
     with pytest.raises(ValueError, match="vit_small can't have 7 heads"):
         weights.load_encoder(tmp_path / "anew.pth", heads=7)
 
@@ -1089,7 +1091,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
 
 def test_weights_of_another_architecture_name_keys_and_shapes(tmp_path):
     torch.save(model.build_encoder("vit_nano", 32, 8).state_dict(), tmp_path / "nano.pth")
-    with pytest.raises(ValueError, match=r"nano.pth does not fit vit_tiny: cls_token is \(1, 1, 96\), not \(1, 1, 192\)"):
+    with pytest.raises(ValueError, match=r"nano.pth does not fit vit_tiny, but is a vit_nano: cls_token is \(1, 1, 96\), not \(1, 1, 192\)"):
         weights.load_encoder(tmp_path / "nano.pth", arch="vit_tiny")
     torch.save({"layer1.0.conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pth")
     with pytest.raises(ValueError, match="no ViT.*layer1.0.conv1.weight"):
@@ -1632,17 +1634,20 @@ def test_evaluation_tasks_from_the_command_line_and_again(task, flags, tmp_path,
                "--json", str(tmp_path / "result.json"), *flags, *(["--lr", "0.5"] if "--frozen" in flags else [])]
     result = evaluate.main(command)
     said = capsys.readouterr().out
-    assert "6 epochs" in said and json.loads((tmp_path / "result.json").read_text())["epochs"] == 6
+    assert "6 epochs" in said and re.search("^epoch 6/6: loss ", said, re.MULTILINE)
+    written = json.loads((tmp_path / "result.json").read_text())    # the whole protocol
+    assert (written["epochs"], written["batch_size_per_gpu"], written["image_size"], written["heads"]) == (6, 3, 32, 3)
     again = evaluate.main(command)    # finished: measured anew, not trained anew
     assert again == result
     if "--frozen" in flags:
         assert result["classes"] == 3 and result["mIoU"] > 40    # bright, or green, or neither
-    assert "going on after epoch 6 of 6" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "trained before; measured again" in said and "epoch 6/6" not in said
     folders = {path.parent for path in tmp_path.glob(f"backbone-{task}-*/checkpoint.pth")}
     torch.manual_seed(9)
     torch.save(model.build_encoder("vit_nano", 32, 8).state_dict(), tmp_path / "backbone.pth")    # other weights in the same place
     evaluate.main(command)
-    assert "going on" not in capsys.readouterr().out and len(folders) == 1 < len(set(tmp_path.glob(f"backbone-{task}-*")))
+    assert "trained before" not in capsys.readouterr().out and len(folders) == 1 < len(set(tmp_path.glob(f"backbone-{task}-*")))
     (kept,) = folders
     with pytest.raises(SystemExit) as stopped:
         evaluate.main([*command, "--output_dir", str(kept), "--seed", "1"])
@@ -1723,13 +1728,18 @@ def test_invariance_is_the_mean_over_views_that_overlap(monkeypatch):
 def test_figure_5_has_the_difference_in_its_last_column(tmp_path, monkeypatch):
     A = torch.rand(2, 1, 1, 16, 16)
     monkeypatch.setattr(visualize, "self_relations", lambda *_: (A, None, None))
-    visualize.draw_relations(tmp_path / "x.png", [None], torch.zeros(2, 1, 3, 32, 32), random_boxes(1)[None].repeat(2, 1, 1), 1, 4, [0], [(2, 1)])
+    views = torch.zeros(2, 1, 3, 32, 32)
+    views[0, 0, :, :, :16], views[1, 0, :, :, 16:] = -2, -2    # the second is the first, mirrored
+    boxes = torch.tensor([0.1, 0.2, 0.8, 0.9, 0.0]).repeat(2, 1, 1)
+    boxes[1, 0, 4] = 1
+    visualize.draw_relations(tmp_path / "x.png", [None], views, boxes, 1, 4, [0], [(2, 1)])
     first, second = A[:, 0, 0, 2 * 4 + 1].unflatten(-1, (4, 4))
     largest = max(first.max(), second.max())
     picture = np.asarray(Image.open(tmp_path / "x.png")).astype(float) / 255
     for column, values in ((2, first), (3, second), (4, (first - second).abs())):
         tile = torch.from_numpy(picture[4 + 24 : 4 + 192 : 48, 4 + 196 * column + 24 : 4 + 196 * column + 192 : 48])    # the middle of each cell
         close(tile.sum(dim=-1), 3 * (values / largest).double(), rtol=0, atol=0.02)    # black, red, yellow, white: brightness is the value
+    assert np.array_equal(picture[4:196, 4:196], picture[4:196, 200:392]) and picture[30, 30].max() < 0.1 < picture[30, 170].min()    # turned back, as the heat is
 
 
 def test_pictures_from_the_command_line(folder, tmp_path, capsys):
@@ -2429,6 +2439,13 @@ def test_an_unreadable_image_is_an_error_in_evaluation(tmp_path):
     torch.save(model.build_encoder("vit_nano", 32, 8).state_dict(), tmp_path / "backbone.pth")
     with pytest.raises(SystemExit, match="!text.jpg can't be read"):
         evaluate.main(["knn", "--pretrained_weights", str(tmp_path / "backbone.pth"), "--data_path", str(folder), "--num_workers", "0"])
+    # As a process of its own, too, and in one of two: its loader's workers end with it. The second process meets the file alone.
+    command = [HERE / "evaluate.py", "knn", "--pretrained_weights", tmp_path / "backbone.pth", "--data_path", folder, "--num_workers", "1", "--batch_size_per_gpu", "1"]
+    (folder / "val/class0/!text.jpg").rename(folder / "val/class0/00.jpg")
+    (folder / "val/class0/!truncated.jpg").unlink()
+    for launcher, who in (([], ""), (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], r" \(process 1\)")):
+        done = subprocess.run([sys.executable, *launcher, *command], env=environment(), capture_output=True, text=True, timeout=100)
+        assert done.returncode == 1 and re.search(f"evaluate.py: error{who}: .*00.jpg can't be read", done.stderr), done.stderr[-2000:]
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------

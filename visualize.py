@@ -148,9 +148,12 @@ def difference(A):
 
 
 def invariance(encoder, loader, heads, size, device):
-    """(spatial, channel): mean difference of the self-relations of two views, over a loader of data.ViewsOfImages."""
+    """(spatial, channel): mean difference of the self-relations of two views, over a loader of data.ViewsOfImages. Raises OSError for an
+    image that can't be read."""
     sums, counts, photometric = torch.zeros(2), torch.zeros(2), Photometric()
-    for batch, _ in tqdm(loader, desc="invariance", disable=None, leave=False):
+    for batch, complaints in tqdm(loader, desc="invariance", disable=None, leave=False):
+        if complaints:    # another image would stand in
+            raise OSError(complaints[0])
         views = photometric(batch.crops[0].flatten(0, 1).to(device), batch.rows.flatten(0, 1).to(device)).unflatten(0, batch.crops[0].shape[:2])
         with autocast(device):
             A_p, valid, A_c = self_relations(encoder, views, batch.rows[..., BOX].to(device), heads, size)
@@ -163,19 +166,22 @@ def invariance(encoder, loader, heads, size, device):
 @torch.no_grad()
 def draw_relations(path, encoders, views, boxes, heads, size, images, points):
     """Fig. 5: for each image, encoder and chosen cell of the overlap a row: the two views with the overlap (red) and the cell, the cell's
-    spatial self-relation in each of them, mean over M heads, and their difference.
+    spatial self-relation in each of them, mean over M heads, and their difference. All as in the image: mirrored views are turned back.
 
     views: (2, B, 3, S, S), boxes: (2, B, 5); images: which of the B are drawn, as batch statistics want more. points: cells (row, column).
     """
     region, _ = overlap(*boxes)
     relations = [self_relations(encoder, views, boxes, heads, size)[0].mean(dim=2).cpu() for encoder in encoders]    # (2, B, size², size²)
     S, pictures = max(192, views.shape[-1]), []
+    mirrored = boxes[:, :, 4].cpu() > 0
+    boxes = torch.cat([boxes[:, :, :4], torch.zeros_like(boxes[:, :, 4:])], dim=2).cpu()
     for b in images:
         for A in relations:
             for y, x in points:
                 for v in range(2):
-                    picture = F.interpolate((255 * denormalize(views[v, b].cpu())).to(torch.uint8)[None], size=(S, S), mode="nearest")[0]
-                    pictures.append(_overlay(picture, boxes[v, b].cpu(), region[b].cpu(), size, only=y * size + x) / 255)
+                    view = views[v, b].flip(-1) if mirrored[v, b] else views[v, b]
+                    picture = F.interpolate((255 * denormalize(view.cpu())).to(torch.uint8)[None], size=(S, S), mode="nearest")[0]
+                    pictures.append(_overlay(picture, boxes[v, b], region[b].cpu(), size, only=y * size + x) / 255)
                 first, second = A[:, b, y * size + x].unflatten(-1, (size, size))
                 for values in (first, second, (first - second).abs()):
                     heat = _heat(values / torch.maximum(first, second).max())
@@ -221,13 +227,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="visualize.py", description=__doc__.split("\n")[0])
     tasks = parser.add_subparsers(dest="task", required=True)
     attention = tasks.add_parser("attention", parents=[common], help="Fig. 4: class-token attention of the last block, a colour a head")
-    attention.add_argument("--number", type=int, default=8, help="images (default: %(default)s)")
+    attention.add_argument("--number", type=int, default=8, help="images of --data_path (default: %(default)s)")
     attention.add_argument("--mass", type=float, default=0.6, help="share of a head's attention that is shown (default: %(default)s)")
     relations = tasks.add_parser("relations", parents=[common], help="Fig. 5: spatial self-relations of two views, and their difference")
-    relations.add_argument("--number", type=int, default=2, help="images drawn (default: %(default)s)")
+    relations.add_argument("--number", type=int, default=2, help="images of --data_path (default: %(default)s)")
     relations.add_argument("--points", type=int, default=2, help="cells of the overlap, an image (default: %(default)s)")
     invariance = tasks.add_parser("invariance", parents=[common], help="Fig. 6: mean difference of self-relations between two views")
-    invariance.add_argument("--number", type=int, default=1000, help="images (default: %(default)s)")
+    invariance.add_argument("--number", type=int, default=1000, help="images of --data_path (default: %(default)s)")
     invariance.add_argument("--json", metavar="FILE", help="write the numbers there too")
     for task in (relations, invariance):
         task.add_argument("--relation_heads", type=int, default=6, help="M (default: %(default)s)")
@@ -239,6 +245,11 @@ def parse_args(argv=None):
     for name in {"number", "points", "overlap", "relation_heads", "image_size"} & vars(args).keys():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if not 0 < getattr(args, "mass", 1) <= 1:
+        parser.error("--mass must lie in (0, 1]")
+    if Path(args.output).suffix.lower() != ".png":
+        parser.error(f"--output must end in .png, not {args.output}")
+    args.number = len(args.images) if args.images else args.number
     if len(args.heads) not in (1, len(args.pretrained_weights)):
         parser.error(f"--heads: one number, or {len(args.pretrained_weights)}, not {len(args.heads)}")
     return args
@@ -294,11 +305,14 @@ def main(argv=None):
             rows = [denormalize(batch.cpu())] + [overlay_attention(encoder, batch, args.mass) for encoder in encoders]
             tiles = F.interpolate(torch.cat(rows), scale_factor=max(1, 192 // size), mode="nearest")
             save_image(make_grid(tiles, nrow=len(batch), padding=4, pad_value=1), args.output)
+            print(f"{args.output}: rows are the images, then {', '.join(args.pretrained_weights)}")
             return None
         views = ViewsOfImages(images, MultiCrop(size, local_crops_number=0), args.seed)
         loader = DataLoader(views, sampler=[(0, i) for i in range(len(images))], batch_size=min(64, len(images)), collate_fn=collate, num_workers=args.num_workers)
         if args.task == "relations":
-            batch, _ = next(iter(loader))
+            batch, complaints = next(iter(loader))
+            if complaints:
+                raise OSError(complaints[0])
             views = Photometric()(batch.crops[0].flatten(0, 1), batch.rows.flatten(0, 1)).unflatten(0, batch.crops[0].shape[:2]).to(device)
             cells = np.random.default_rng(args.seed).integers(0, args.overlap, (args.points, 2)).tolist()
             _, valid = overlap(batch.rows[0, :, BOX], batch.rows[1, :, BOX])
@@ -306,6 +320,7 @@ def main(argv=None):
             if not shown:
                 raise ValueError("no two views of these images overlap; try another --seed")
             draw_relations(args.output, encoders, views, batch.rows[..., BOX].to(device), args.relation_heads, args.overlap, shown, cells)
+            print(f"{args.output}: {len(shown)} image(s), of each {args.points} cell(s) for {', then '.join(args.pretrained_weights)}")
             return None
         names = [str(path) for path in args.pretrained_weights]
         values = [invariance(encoder, loader, args.relation_heads, args.overlap, device) for encoder in encoders]
@@ -315,9 +330,12 @@ def main(argv=None):
         draw_bars(args.output, names, {"spatial self-relation": [v[0] for v in values], "channel self-relation": [v[1] for v in values]})
         if args.json:
             Path(args.json).write_text(json.dumps({name: dict(zip(("spatial", "channel"), v)) for name, v in zip(names, values)}, indent=2) + "\n")
+        print(args.output)
         return dict(zip(names, values))
     except (OSError, ValueError) as error:
         sys.exit(f"visualize.py: error: {str(error).strip().splitlines()[-1]}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,8 @@ def load_encoder(path, arch=None, checkpoint_key=None, heads=None, image_size=No
     found, size, patch_size = _recognise(state)
     if not (arch or found):
         raise ValueError(f"{path} holds a ViT of dim {state['cls_token'].shape[-1]} whose depth fits none of {', '.join(ARCHITECTURES)}")
+    if heads and known_heads and heads != known_heads:
+        raise ValueError(f"{path} is an encoder with {known_heads} heads, not {heads}; it tells, so leave out --heads")
     arch, heads = arch or found, heads or known_heads
     if not heads and arch == "vit_small" and "pos_embed" in state and not state["pos_embed"][:, 0].any():
         raise ValueError(f"{path} has fixed position embeddings, as MoCo v3's ViT-S, whose 12 heads the shapes don't tell: give --heads 12, or 6")
@@ -86,7 +88,8 @@ def load_encoder(path, arch=None, checkpoint_key=None, heads=None, image_size=No
     faults = [f"{key} is {shapes[key]}, not {own_shapes[key]}" for key in own if key in state and shapes[key] != own_shapes[key]]
     faults += [f"{key} is missing" for key in own if key not in state] + [f"{key} is unknown" for key in state if key not in own]
     if faults:
-        raise ValueError(f"{path} does not fit {arch}: " + "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else ""))
+        other = f", but is a {found}" if found and found != arch else ""
+        raise ValueError(f"{path} does not fit {arch}{other}: " + "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else ""))
     encoder.load_state_dict(state)
     what = arch if arch == "resnet50" else f"{arch}, patch size {patch_size}, {encoder.heads} heads, {size} px"
     if world()[0] == 0:
