@@ -21,14 +21,14 @@ class DINOPlusLoss(IBOTLoss):
         super().__init__(out_dim, patch_out_dim, **rest)
         self.sizes = (overlap_global, overlap_local)
 
-    def patch_loss(self, student, teacher, teacher_temp, boxes, mask=None):
-        self.patches.assign(teacher[0], teacher_temp)
+    def patch_loss(self, student, teacher, teacher_temp, boxes):
+        self.patches.assign(teacher.patches[0], teacher_temp)
 
         def clustering(o1, o2):    # outputs at the same places, (B, K, S * S) -> (B,); ⊙ is linear, as is the head's last layer
             return cross_entropy(self.patches.targets(o1.mT, teacher_temp), self.patches.predict(o2.mT)).mean(dim=-1)
 
-        teacher, student = teacher[0].mT, [outputs.mT for outputs in student]    # (V, B, K, N)
-        return mean_over_overlaps(clustering, teacher, student, boxes, *self.sizes)
+        student = [outputs.mT for outputs in student.patches]    # (V, B, K, N)
+        return mean_over_overlaps(clustering, teacher.patches[0].mT, student, boxes, *self.sizes)
 
 
 class BatchRelationLoss(SelfRelationLoss):

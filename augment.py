@@ -54,6 +54,7 @@ class BlockMask:
 
     def __init__(self, grid, ratios=(0.0, 0.3), variances=(0.0, 0.2)):
         self.grid, self.ratios, self.variances = grid, ratios, variances
+        self.most = max(1, int(grid**2 * max(ratio + variance for ratio, variance in zip(ratios, variances))))    # patches, of a view
 
     def __call__(self):
         mask = np.zeros((self.grid, self.grid), dtype=bool)

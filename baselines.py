@@ -4,9 +4,10 @@ DINO (Caron et al. 2021): the student predicts the teacher's soft cluster assign
 iBOT (Zhou et al. 2022): and, of patches it does not see, the teacher's assignment of the same patch.
 MoCo v3 (Chen et al. 2021): the student tells its image from all others of the batch by the teacher's embedding of another view.
 
-A head takes (summary, patches): the class tokens of all views (V, B, C), after the encoder's final norm, and, of the first
-`head.patches` resolutions, global first, the patch tokens likewise (V, B, N, C). What it returns is its loss's to know.
-A loss is called with (student's, teacher's, teacher_temp, boxes=, mask=) and returns a scalar; call `update_center` once
+A head takes (summary, patches, mask): the class tokens of all views (V, B, C), after the encoder's final norm; of the first
+`head.patches` resolutions, global first, the patch tokens likewise (V, B, N, C); and which of the global views' patches the
+student does not see, (G, B, N) bool, or None. What it returns is its loss's to know.
+A loss is called with (student's, teacher's, teacher_temp, boxes=) and returns a scalar; call `update_center` once
 an optimizer step.
 
 B batch, V views, G global views, N patches, C channels, K outputs (out_dim)
@@ -36,7 +37,7 @@ class Loss(nn.Module):
 class NoLoss(Loss):
     """L_I = 0, for --li_weight 0."""
 
-    def forward(self, student, teacher, teacher_temp, boxes, mask=None):
+    def forward(self, student, teacher, teacher_temp, boxes):
         return boxes.new_zeros(())
 
 
@@ -65,7 +66,7 @@ class DINOHead(nn.Module):
     def bottleneck(self, x):
         return F.normalize(self.mlp(x).float(), dim=-1)
 
-    def forward(self, summary, patches=()):
+    def forward(self, summary, patches=(), mask=None):
         return self.last_layer(self.bottleneck(summary))
 
 
@@ -100,9 +101,9 @@ class Assignment(Loss):
         """Teacher outputs (..., K) -> probabilities (..., K)."""
         return ((outputs.detach().float() - self.center) / temperature).softmax(dim=-1)
 
-    def assign(self, outputs, temperature):
-        """`targets`, and the outputs count for the centre."""
-        self.batch_sum += outputs.detach().float().flatten(0, -2).mean(dim=0)
+    def assign(self, outputs, temperature, mean=None):
+        """`targets`, and the outputs count for the centre; or their `mean` (K,) does, where they are not all."""
+        self.batch_sum += outputs.detach().float().flatten(0, -2).mean(dim=0) if mean is None else mean.detach().float()
         self.batches += 1
         return self.targets(outputs, temperature)
 
@@ -125,7 +126,7 @@ class Assignment(Loss):
 class DINOLoss(Assignment):
     """Cross-entropy of the student's outputs with the teacher's centred and sharpened ones, over pairs of different views."""
 
-    def forward(self, student, teacher, teacher_temp, boxes=None, mask=None):
+    def forward(self, student, teacher, teacher_temp, boxes=None):
         """student: (V, B, K), teacher: (G, B, K); views of the same index are the same view, and that pair is skipped.
 
         Returns the mean over pairs and images, a scalar between 0 and about ln K.
@@ -142,26 +143,38 @@ class DINOLoss(Assignment):
 class IBOTOutput(NamedTuple):
     """What an IBOTHead gives."""
 
-    summary: torch.Tensor    # (V, B, K)
-    patches: list            # by resolution, (V, B, N, K_patch)
+    summary: torch.Tensor          # (V, B, K)
+    patches: list                  # by resolution, (V, B, N, K_patch); of masked views (G, B, most, K_patch), the masked patches first
+    masked: torch.Tensor = None    # (G, B, most) bool, which of these are masked
+    mean: torch.Tensor = None      # (K_patch,) the mean output of all patches
 
 
 class IBOTHead(DINOHead):
     """A DINOHead for class and patch tokens. patches: of how many resolutions it takes the patch tokens.
 
     patch_out_dim None: one last layer for both (shared); else patches have their own, of so many outputs. The MLP is shared always.
+    most: masked patches in a view, at most; only these have outputs, as no others are asked of the student. mean: give the mean output of
+    all patches too, for the teacher's centre.
     """
 
-    def __init__(self, in_dim, out_dim, norm_last_layer=True, patch_out_dim=None, patches=1, **rest):
+    def __init__(self, in_dim, out_dim, norm_last_layer=True, patch_out_dim=None, patches=1, most=None, mean=False, **rest):
         super().__init__(in_dim, out_dim, norm_last_layer, **rest)
-        self.patches = patches
+        self.patches, self.most, self.mean = patches, most, mean
         self.patch_last_layer = None
         if patch_out_dim:
             self.patch_last_layer = UnitRowLinear(self.last_layer.weight.shape[1], patch_out_dim, learn_scale=not norm_last_layer)
 
-    def forward(self, summary, patches):
-        last_layer = self.patch_last_layer or self.last_layer
-        return IBOTOutput(super().forward(summary), [last_layer(self.bottleneck(p)) for p in patches])
+    def forward(self, summary, patches, mask=None):
+        summary, last_layer = super().forward(summary), self.patch_last_layer or self.last_layer
+        if mask is None:
+            return IBOTOutput(summary, [last_layer(self.bottleneck(p)) for p in patches])
+        # As many in every view, so that shapes stay the same from step to step: the masked patches, then others that don't count.
+        masked, chosen = mask.int().sort(dim=-1, descending=True, stable=True)
+        masked, chosen = masked[..., : self.most].bool(), chosen[..., : self.most, None]    # (G, B, most), (G, B, most, 1)
+        if not self.mean:
+            return IBOTOutput(summary, [last_layer(self.bottleneck(patches[0].take_along_dim(chosen, dim=2)))], masked)
+        bottleneck = self.bottleneck(patches[0])    # of all; the last layer is linear, so it gives the mean output of the mean
+        return IBOTOutput(summary, [last_layer(bottleneck.take_along_dim(chosen, dim=2))], masked, last_layer(bottleneck.mean(dim=(0, 1, 2))))
 
 
 class IBOTLoss(DINOLoss):
@@ -175,19 +188,18 @@ class IBOTLoss(DINOLoss):
         self.patches = Assignment(patch_out_dim, student_temp, center_momentum)
         self.register_buffer("terms", torch.zeros(2), persistent=False)    # of this process's last batch, for the log
 
-    def forward(self, student, teacher, teacher_temp, boxes=None, mask=None):
-        """student, teacher: IBOTOutput. teacher_temp: (2,) for class and for patch tokens. boxes: (views, B, 5). mask: (G, B, N) bool,
-        True where the student's global views were masked; a view without counts as 0."""
+    def forward(self, student, teacher, teacher_temp, boxes=None):
+        """student, teacher: IBOTOutput, of the same mask. teacher_temp: (2,) for class and for patch tokens. boxes: (views, B, 5). A view
+        without masked patches counts as 0."""
         summary_term = super().forward(student.summary, teacher.summary, teacher_temp[0])
-        patch_term = self.patch_loss(student.patches, teacher.patches, teacher_temp[1], boxes, mask)
+        patch_term = self.patch_loss(student, teacher, teacher_temp[1], boxes)
         self.terms.copy_(torch.stack([summary_term, patch_term]).detach())
         return summary_term + patch_term
 
-    def patch_loss(self, student, teacher, teacher_temp, boxes, mask):
-        """student, teacher: by resolution (V, B, N, K)."""
-        targets = self.patches.assign(teacher[0], teacher_temp)                       # (G, B, N, K)
-        ce = cross_entropy(targets, self.patches.predict(student[0]))                 # (G, B, N)
-        return ((ce * mask).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)).mean()
+    def patch_loss(self, student, teacher, teacher_temp, boxes):
+        targets = self.patches.assign(teacher.patches[0], teacher_temp, teacher.mean)    # (G, B, most, K)
+        ce = cross_entropy(targets, self.patches.predict(student.patches[0]))            # (G, B, most)
+        return ((ce * student.masked).sum(dim=-1) / student.masked.sum(dim=-1).clamp(min=1)).mean()
 
     def update_center(self):
         super().update_center()
@@ -226,7 +238,7 @@ class MoCoHead(nn.Module):
         self.projector = _moco_mlp(in_dim, hidden_dim, hidden_dim, out_dim)
         self.predictor = _moco_mlp(out_dim, hidden_dim, out_dim) if predictor else nn.Identity()
 
-    def forward(self, summary, patches=()):
+    def forward(self, summary, patches=(), mask=None):
         return torch.stack([self.predictor(self.projector(view)) for view in summary])
 
 
@@ -239,7 +251,7 @@ class MoCoLoss(Loss):
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, student, teacher, teacher_temp=None, boxes=None, mask=None):
+    def forward(self, student, teacher, teacher_temp=None, boxes=None):
         """student: (V, B, K), teacher: (G, B, K); the pair of the same view is skipped."""
         B = student.shape[1]
         rank, _ = world()

@@ -160,9 +160,9 @@ def count_flops(args):
         boxes = torch.empty(2 + args.local_crops_number, args.batch_size_per_gpu, 5)
         mask = torch.empty(2, args.batch_size_per_gpu, baseline.mask.grid**2, dtype=torch.bool) if baseline.mask else None
         with torch.no_grad():
-            taught = teacher(views[:1])
+            taught = teacher(views[:1], mask)
         learned = student(views, mask)
-        l_i = baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes, mask)
+        l_i = baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes)
         (l_i + sum(train.build_relation_loss(args)(taught, learned, boxes))).backward()
     return counter.get_total_flops() * args.grad_accum_steps
 

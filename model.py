@@ -238,16 +238,18 @@ class Network(nn.Module):
 
     def forward(self, views, mask=None):
         """views: a list by resolution, global first, of images (V, B, 3, H, W); each resolution is one batch for the encoder.
-        mask: (G, B, N) bool, patches of the global views that are hidden from the encoder, or None."""
+        mask: (G, B, N) bool, patches of the global views, or None: those that the head is asked of, and hidden from an encoder that can mask
+        (the student's)."""
         B = views[0].shape[1]
-        masks = [None if mask is None else mask.flatten(0, 1)] + [None] * (len(views) - 1)
+        hidden = mask.flatten(0, 1) if mask is not None and hasattr(self.backbone, "masked_embed") else None
+        masks = [hidden] + [None] * (len(views) - 1)
         tokens = [self.backbone(images.flatten(0, 1), m) for images, m in zip(views, masks)]    # (V * B, 1 + N, C)
         summary = self.backbone.norm(torch.cat([t[:, 0] for t in tokens]))                      # (V * B, C), of all resolutions
         summary = summary.unflatten(0, (-1, B))
         features = [t[:, 1:].mT for t in tokens]                                                # (V * B, C, N): r, before the final norm
         embedding = None
         if self.head is not None:
-            embedding = self.head(summary, [self.backbone.norm(t[:, 1:]).unflatten(0, (-1, B)) for t in tokens[: self.head.patches]])
+            embedding = self.head(summary, [self.backbone.norm(t[:, 1:]).unflatten(0, (-1, B)) for t in tokens[: self.head.patches]], mask)
         return Output(
             summary=summary,
             embedding=embedding,

@@ -560,10 +560,10 @@ def plain_dino(student, teacher, center, temp):
 
 
 def plain_ibot(student, teacher, centers, temps, mask):
-    """iBOT's: the above on class tokens, and the mean over the masked patches of each view, patch by patch."""
+    """iBOT's: the above on class tokens, and the mean over the masked patches of each view, patch by patch; they come first in a view's outputs."""
     total = 0.0
     for g, b in np.ndindex(*mask.shape[:2]):
-        terms = [F.cross_entropy(student.patches[0][g, b, n] / 0.1, assigned(teacher.patches[0][g, b, n], centers[1], temps[1])) for n in mask[g, b].nonzero().flatten()]
+        terms = [F.cross_entropy(student.patches[0][g, b, n] / 0.1, assigned(teacher.patches[0][g, b, n], centers[1], temps[1])) for n in range(mask[g, b].sum())]
         total = total + sum(terms) / max(len(terms), 1)
     return plain_dino(student.summary, teacher.summary, centers[0], temps[0]) + total / (mask.shape[0] * mask.shape[1])
 
@@ -627,10 +627,10 @@ def test_losses_of_every_recipe_equal_slow_loops(flags):
     for i, assignment in enumerate(m for m in baseline.loss.modules() if isinstance(m, baselines.Assignment)):
         centers[i] = assignment.center.normal_(std=0.1)
     with torch.no_grad():
-        taught = teacher(views[:1])
+        taught = teacher(views[:1], mask)
     learned = student(views, mask)
     outputs = [x.requires_grad_() for x in tensors(learned[1:])]    # but the summary, on which embedding depends
-    l_i = baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes, mask)
+    l_i = baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes)
     ours, plain = torch.stack([l_i, *train.build_relation_loss(args)(taught, learned, boxes)]), plain_terms(args, taught, learned, boxes, mask, centers)
     close(ours, plain)
     for a, b in zip(*(torch.autograd.grad(terms.sum(), outputs, retain_graph=True) for terms in (ours, plain))):
@@ -638,7 +638,7 @@ def test_losses_of_every_recipe_equal_slow_loops(flags):
     leaves = tensors(taught)
     for x in leaves:
         x.requires_grad_()
-    again = [baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes, mask), *train.build_relation_loss(args)(taught, learned, boxes)]
+    again = [baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes), *train.build_relation_loss(args)(taught, learned, boxes)]
     assert torch.autograd.grad(sum(again), leaves, allow_unused=True) == (None,) * len(leaves)
 
 
@@ -655,8 +655,10 @@ def test_losses_are_float32_under_bfloat16_autocast(flags):
 
 
 def tensors(x):
-    """All tensors in nested tuples and lists."""
-    return [x] if isinstance(x, torch.Tensor) else [t for part in x for t in tensors(part)]
+    """All tensors of floating-point numbers in nested tuples and lists."""
+    if isinstance(x, (tuple, list)):
+        return [t for part in x for t in tensors(part)]
+    return [x] if isinstance(x, torch.Tensor) and x.is_floating_point() else []
 
 
 def test_dino_centre_by_hand_once_a_step():
@@ -681,12 +683,12 @@ def test_dino_head_gives_cosines_and_is_the_paper_s_shape():
 
 
 def test_ibot_centres_class_and_patch_tokens_apart_over_all_teacher_patches():
-    loss, (summary, patches) = baselines.IBOTLoss(4, 5), (torch.randn(2, 3, 4), torch.randn(2, 3, 7, 5))
-    student = baselines.IBOTOutput(torch.randn(3, 3, 4), [torch.randn(2, 3, 7, 5)])
-    mask = torch.zeros(2, 3, 7, dtype=torch.bool)
-    value = loss(student, baselines.IBOTOutput(summary, [patches]), torch.tensor([0.04, 0.07]), mask=mask)
+    loss, (summary, patches), mean = baselines.IBOTLoss(4, 5), (torch.randn(2, 3, 4), torch.randn(2, 3, 7, 5)), torch.randn(5)
+    taught = baselines.IBOTOutput(summary, [patches], mean=mean)    # patches: of some; mean: of all
+    student = baselines.IBOTOutput(torch.randn(3, 3, 4), [torch.randn(2, 3, 7, 5)], torch.zeros(2, 3, 7, dtype=torch.bool))
+    value = loss(student, taught, torch.tensor([0.04, 0.07]))
     close(value, plain_dino(student.summary, summary, torch.zeros(4), 0.04))    # nothing masked
-    logged = loss.diagnostics(baselines.IBOTOutput(summary, [patches]), torch.tensor([0.04, 0.07]))
+    logged = loss.diagnostics(taught, torch.tensor([0.04, 0.07]))
 
     def entropy(outputs, temp):
         p = (outputs / temp).softmax(dim=-1)
@@ -696,8 +698,26 @@ def test_ibot_centres_class_and_patch_tokens_apart_over_all_teacher_patches():
                                     "teacher_patch_entropy": entropy(patches, 0.07), "L_I_summary": float(value), "L_I_patch": 0.0}, rel=1e-4)
     loss.update_center()
     close(loss.center, 0.1 * summary.mean(dim=(0, 1)))
-    close(loss.patches.center, 0.1 * patches.mean(dim=(0, 1, 2)))
+    close(loss.patches.center, 0.1 * mean)
     assert set(loss.state_dict()) == {"center", "patches.center"}
+
+
+def test_ibot_head_gives_what_is_masked_and_of_the_teacher_the_mean_of_all():
+    summary, patches, mask = torch.randn(2, 3, 12), torch.randn(2, 3, 7, 12), torch.rand(2, 3, 7) < 0.4
+    mask[0, 0], mask[1, 1] = False, torch.tensor([1, 0, 0, 1, 0, 1, 1])
+    mask &= mask.cumsum(dim=-1) <= 4
+    for mean in (False, True):
+        head = baselines.IBOTHead(12, 9, patch_out_dim=5, most=4, mean=mean)
+        full = head(summary, [patches])
+        given = head(summary, [patches], mask)
+        assert given.patches[0].shape == (2, 3, 4, 5) and torch.equal(given.masked.sum(dim=-1), mask.sum(dim=-1))
+        assert (given.masked[..., 1:] <= given.masked[..., :-1]).all()    # first those that are masked
+        close(given.patches[0][given.masked], full.patches[0][mask])      # in the order of the patches
+        close(given.summary, full.summary)
+        if mean:
+            close(given.mean, full.patches[0].mean(dim=(0, 1, 2)))
+        else:
+            assert given.mean is None
 
 
 def test_ibot_head_is_shared_but_for_the_last_layer_if_asked():
@@ -744,7 +764,8 @@ def test_dino_plus_of_identical_views_is_the_entropy_of_their_assignment():
     boxes[1, :, 4] = 1 - boxes[0, :, 4]
     mirrored = torch.stack([outputs[0], outputs[0].unflatten(1, (4, 4)).flip(2).flatten(1, 2)])    # (2, B, N, K)
     loss = ablations.DINOPlusLoss(5, 5, overlap_global=4, student_temp=0.1)
-    value = loss.patch_loss([mirrored], [mirrored], 0.1, boxes, None)
+    mirrored = baselines.IBOTOutput(None, [mirrored])
+    value = loss.patch_loss(mirrored, mirrored, 0.1, boxes)
     close(value, torch.special.entr((outputs / 0.1).softmax(dim=-1)).sum(dim=-1).mean(), rtol=1e-4)    # cells are the patches themselves
 
 
@@ -833,7 +854,9 @@ def test_the_students_global_views_alone_are_masked():
     assert torch.equal(changed.embedding.summary[2:], unmasked.embedding.summary[2:]) and not torch.equal(changed.embedding.summary[:2], out.embedding.summary[:2])
     tokens = student.backbone(views[0].flatten(0, 1), mask.flatten(0, 1))    # and relations are those of the masked views, as in the release
     close(changed.spatial[0].flatten(0, 1), student.spatial[0](tokens[:, 1:].mT), atol=1e-5)
-    close(changed.embedding.patches[0].flatten(0, 1), student.head.last_layer(student.head.bottleneck(student.backbone.norm(tokens[:, 1:]))), atol=1e-5)
+    outputs = student.head.last_layer(student.head.bottleneck(student.backbone.norm(tokens[:, 1:])))
+    close(changed.embedding.patches[0][changed.embedding.masked], outputs[mask.flatten(0, 1)], atol=1e-5)
+    close(teacher(views[:1], mask).summary, teacher(views[:1]).summary)    # the teacher sees all
 
 
 def test_resnet50_is_torchvisions_without_its_classifier():
@@ -875,16 +898,18 @@ def random_views(args, baseline, B=3):
     sizes = [(2, args.global_crops_size)] + ([(args.local_crops_number, args.local_crops_size)] if args.local_crops_number else [])
     views = [torch.randn(number, B, 3, size, size) for number, size in sizes]
     boxes = torch.stack([random_boxes(B) for _ in range(sum(number for number, _ in sizes))])
-    mask = torch.rand(2, B, (args.global_crops_size // args.patch_size) ** 2) < 0.4 if baseline.mask else None
-    return views, boxes, mask
+    if not baseline.mask:
+        return views, boxes, None
+    N = (args.global_crops_size // args.patch_size) ** 2
+    return views, boxes, torch.rand(2, B, N).argsort(dim=-1) < torch.randint(1, 1 + baseline.mask.most, (2, B, 1))
 
 
 def loss_terms(args, baseline, student, teacher, views, boxes, mask):
     """L_I, L_p, L_c of networks, or of compiled ones."""
     with torch.no_grad():
-        taught = teacher(views[:1])
+        taught = teacher(views[:1], mask)
     learned = student(views, mask)
-    l_i = baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes, mask)
+    l_i = baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes)
     return torch.stack([l_i, *train.build_relation_loss(args)(taught, learned, boxes)])
 
 
@@ -956,8 +981,8 @@ def test_networks_and_losses_compile_without_a_graph_break_or_a_graph_an_epoch(f
         return graph.forward
 
     def outcome(student, teacher, embedding_loss, relation_loss, epoch):
-        taught, learned = teacher(views[:1]), student(views, mask)
-        loss = embedding_loss(learned.embedding, taught.embedding, baseline.teacher_temp[epoch], boxes, mask) + sum(relation_loss(taught, learned, boxes))
+        taught, learned = teacher(views[:1], mask), student(views, mask)
+        loss = embedding_loss(learned.embedding, taught.embedding, baseline.teacher_temp[epoch], boxes) + sum(relation_loss(taught, learned, boxes))
         return loss, torch.autograd.grad(loss, [p for p in student_parameters if p.requires_grad])
 
     student_parameters = list(student.parameters())
@@ -2121,7 +2146,7 @@ def test_every_recipe_trains_as_its_flags_say_and_resumes(flags, folder, tmp_pat
     images, keys = data.build_dataset(folder, "train"), take(data.Batches(16, args.batch_size_per_gpu, 1, 0, 1, seed=0), 1)[0]
     batch = augment.collate([(multicrop(images[index][0], (0, epoch, index)), []) for epoch, index in keys])[0]
     views = train.colour(batch, augment.Photometric())
-    terms = plain_terms(args, teacher(views[:1]), student(views, batch.mask), batch.rows[..., augment.BOX], batch.mask, moco_temperature=0.3)
+    terms = plain_terms(args, teacher(views[:1], batch.mask), student(views, batch.mask), batch.rows[..., augment.BOX], batch.mask, moco_temperature=0.3)
     assert logged[1][1:] == pytest.approx(terms.tolist(), rel=1e-3)
 
 

@@ -276,7 +276,10 @@ def build_baseline(args):
         return torch.cat([torch.linspace(low, high, n), torch.full((args.epochs - n,), high)])
 
     def head_of_patches(dim, student):
-        return IBOTHead(dim, args.out_dim, args.norm_last_layer, None if args.shared_head else args.patch_out_dim, patches=1 if args.baseline == "ibot" else 2)
+        patch_out_dim = None if args.shared_head else args.patch_out_dim
+        if args.baseline == "dino+":
+            return IBOTHead(dim, args.out_dim, args.norm_last_layer, patch_out_dim, patches=2)
+        return IBOTHead(dim, args.out_dim, args.norm_last_layer, patch_out_dim, most=mask.most, mean=not student)
 
     teacher_temp = warm_up(args.warmup_teacher_temp, args.teacher_temp)
     both_temps = torch.stack([teacher_temp, warm_up(args.warmup_teacher_patch_temp, args.teacher_patch_temp)], dim=1)
@@ -286,7 +289,7 @@ def build_baseline(args):
     if args.baseline == "dino":
         return Baseline(lambda dim, student: DINOHead(dim, args.out_dim, args.norm_last_layer), DINOLoss(args.out_dim), teacher_temp)
     if args.baseline == "ibot":
-        mask = BlockMask(args.global_crops_size // args.patch_size, args.pred_ratio, args.pred_ratio_var)
+        mask = BlockMask(args.global_crops_size // args.patch_size, args.pred_ratio, args.pred_ratio_var)    # head_of_patches knows it
         return Baseline(head_of_patches, IBOTLoss(*out_dims), both_temps, mask)
     if args.baseline == "mocov3":
         return Baseline(lambda dim, student: MoCoHead(dim, args.out_dim, predictor=student), MoCoLoss(args.moco_t), teacher_temp)
@@ -411,10 +414,10 @@ class Training:
             with contextlib.nullcontext() if synchronized else self.network.no_sync():
                 with torch.autocast(boxes.device.type, self.dtype, enabled=self.dtype != torch.float32):
                     with torch.no_grad():
-                        taught = self.teacher(views[:1])
+                        taught = self.teacher(views[:1], mask)
                     learned = self.network(views, mask)
                     l_p, l_c = self.relation_loss(taught, learned, boxes)
-                l_i = self.embedding_loss(learned.embedding, taught.embedding, self.teacher_temp[epoch], boxes, mask)
+                l_i = self.embedding_loss(learned.embedding, taught.embedding, self.teacher_temp[epoch], boxes)
                 loss = args.li_weight * l_i + args.alpha * l_p + args.beta * l_c    # Eq. 6
                 self.scaler.scale(loss / args.grad_accum_steps).backward()
             terms = terms + torch.stack([loss, l_i, l_p, l_c]).detach() / args.grad_accum_steps
