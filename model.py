@@ -63,7 +63,7 @@ class Block(nn.Module):
             return branch
         # A tensor mask, not Python's random: a compiled graph would freeze the latter when it is traced.
         keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
-        return branch * keep / (1 - self.drop_path)
+        return branch * (keep / (1 - self.drop_path))
 
     def forward(self, x):
         x = x + self._drop(self.attn(self.norm1(x)))
@@ -73,10 +73,14 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     def __init__(self, patch_size, dim):
         super().__init__()
+        self.patch_size = patch_size
         self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images):
-        return self.proj(images)    # (B, C, H / patch, W / patch)
+        """(B, 3, H, W) -> (B, N, C), row by row. Patches do not overlap, so that the convolution is a single matrix product; that is faster."""
+        p = self.patch_size
+        patches = images.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)    # (B, H / p, W / p, 3, p, p)
+        return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 def _resize_matrix(old, new, like):
@@ -134,9 +138,8 @@ class VisionTransformer(nn.Module):
     def _embed(self, images, mask=None):
         if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
             raise ValueError(f"images of {images.shape[-2]}x{images.shape[-1]} can't be cut into patches of {self.patch_size}")
-        patches = self.patch_embed(images)                                                         # (B, C, h, w)
-        h, w = patches.shape[-2:]
-        patches = patches.flatten(2).mT                                                            # (B, N, C)
+        h, w = (side // self.patch_size for side in images.shape[-2:])
+        patches = self.patch_embed(images)                                                         # (B, N, C)
         if mask is not None:
             patches = torch.where(mask[..., None], self.masked_embed, patches)
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)           # (B, 1 + N, C)

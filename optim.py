@@ -22,8 +22,9 @@ def parameter_groups(network):
 def clip_gradients(parameters, largest):
     """Scale each parameter's own gradient to a norm of at most `largest`, as DINO does (not the norm of all together)."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    factors = [(largest / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(grads)]
-    torch._foreach_mul_(grads, factors)
+    norms = torch.stack(torch._foreach_norm(grads))    # (gradients,)
+    factors = (largest / (norms + 1e-6)).clamp(max=1)
+    torch._foreach_mul_(grads, list(factors.unbind()))
 
 
 def layer_groups(encoder, head, decay, weight_decay):
