@@ -64,19 +64,31 @@ SIMILARITIES = 2**26    # held at a time, 256 MiB
 
 
 @torch.no_grad()
+def nearest_neighbours(train_features, test_features, k):
+    """Cosine similarity and index of the k most similar training images, the most similar first: (N, k), (N, k); of all where there are fewer.
+
+    train_features (M, C), test_features (N, C), L2-normalised here. Works through the test images in chunks: memory stays bounded by
+    SIMILARITIES at a time.
+    """
+    train = F.normalize(train_features.float(), dim=1)
+    chunks = F.normalize(test_features.float(), dim=1).split(max(1, SIMILARITIES // len(train)))
+    found = [(chunk @ train.T).topk(min(k, len(train)), dim=1) for chunk in chunks]
+    return torch.cat([similarity for similarity, _ in found]), torch.cat([index for _, index in found])
+
+
+def votes_of(similarity, labels, temperature, classes):
+    """Votes of neighbours with these similarities and labels, (N, k) both: (N, classes)."""
+    weight = (similarity / temperature).exp()
+    return weight.new_zeros(len(weight), classes).scatter_add_(1, labels, weight)
+
+
 def knn_votes(train_features, train_labels, test_features, k, temperature, classes):
     """Votes of the k most similar training images, weighted with exp(similarity / temperature): (N, classes).
 
     train_features (M, C), train_labels (M,), test_features (N, C); L2-normalised here, so that similarity is the cosine.
-    Works through the test images in chunks: memory stays bounded by SIMILARITIES at a time.
     """
-    train = F.normalize(train_features.float(), dim=1)
-    votes = []
-    for chunk in F.normalize(test_features.float(), dim=1).split(max(1, SIMILARITIES // len(train))):
-        similarity, nearest = (chunk @ train.T).topk(min(k, len(train)), dim=1)    # (n, k)
-        weight = (similarity / temperature).exp()
-        votes.append(weight.new_zeros(len(chunk), classes).scatter_add_(1, train_labels[nearest], weight))
-    return torch.cat(votes)
+    similarity, index = nearest_neighbours(train_features, test_features, k)
+    return votes_of(similarity, train_labels[index], temperature, classes)
 
 
 def knn_accuracy(encoder, train, val, size, device, ks=(20,), temperature=0.07, most=None, **extraction):
@@ -93,8 +105,12 @@ def knn_accuracy(encoder, train, val, size, device, ks=(20,), temperature=0.07, 
         if extracted[-1] is None:
             return None
     (features, labels), (test_features, test_labels) = extracted
-    votes = {k: knn_votes(features, labels, test_features, k, temperature, train.classes) for k in ks}
-    return {k: 100 * (v.argmax(dim=1) == test_labels).float().mean().item() for k, v in votes.items()}
+    similarity, index = nearest_neighbours(features, test_features, max(ks))    # once for all k
+    accuracy = {}
+    for k in ks:
+        votes = votes_of(similarity[:, :k], labels[index[:, :k]], temperature, train.classes)
+        accuracy[k] = 100 * (votes.argmax(dim=1) == test_labels).float().mean().item()
+    return accuracy
 
 
 # --- linear classification --------------------------------------------------------------------------------------------

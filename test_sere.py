@@ -1382,10 +1382,21 @@ def test_knn_accuracy_passes_on_what_it_is_given(tmp_path, monkeypatch):
     for i in range(3):
         Image.new("RGB", (40, 40)).save(folder / f"val/unlabelled{i}.png")    # not counted
     train_set, val_set, asked = data.build_dataset(folder, "train"), data.build_dataset(folder, "val"), []
-    monkeypatch.setattr(evaluate, "knn_votes", lambda a, b, c, k, t, n: asked.append((len(a), b.bincount().tolist(), len(c), k, t, n)) or torch.eye(2)[[0, 0, 0, 1, 1, 0]])
-    accuracy = evaluate.knn_accuracy(tiny_vit().eval(), train_set, val_set, 32, torch.device("cpu"), ks=(3, 7), temperature=0.2, most=8)
-    assert asked == [(8, [4, 4], 6, 3, 0.2, 2), (8, [4, 4], 6, 7, 0.2, 2)]    # thinned out evenly over the classes
-    assert accuracy == {3: pytest.approx(500 / 6), 7: pytest.approx(500 / 6)}
+
+    def extracted(encoder, images, indices, size, device, **rest):
+        asked.append((indices, images.labels[indices].bincount().tolist(), size))
+        return torch.randn(len(indices), 5), images.labels[indices]
+
+    torch.manual_seed(1)
+    monkeypatch.setattr(evaluate, "extract_features", extracted)
+    accuracy = evaluate.knn_accuracy(None, train_set, val_set, 32, None, ks=(3, 7, 50), temperature=2.0, most=8)
+    assert [(len(indices), *rest) for indices, *rest in asked] == [(8, [4, 4], 32), (6, [3, 3], 32)]    # thinned out evenly over the classes
+    torch.manual_seed(1)
+    (features, labels), (test_features, test_labels) = (extracted(None, images, asked[i][0], 32, None) for i, images in enumerate((train_set, val_set)))
+    for k in (3, 7, 50):
+        right = evaluate.knn_votes(features, labels, test_features, k, 2.0, 2).argmax(dim=1) == test_labels
+        assert accuracy[k] == pytest.approx(100 * right.float().mean().item())
+    assert len(set(accuracy.values())) > 1    # k matters
 
 
 def test_linear_features_are_dinos():
