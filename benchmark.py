@@ -174,6 +174,25 @@ def matmul_rate(device, dtype):
     return 2 * n**3 * products / seconds_of(lambda: [a @ b for _ in range(products)], device)
 
 
+def copy_rate(device):
+    """Bytes a second of a large copy, read and written ones."""
+    a = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device).fill_(1)
+    b = a.clone()
+    return 2 * a.numel() / seconds_of(lambda: b.copy_(a), device)
+
+
+def roofline(dim, tokens, width, rate, bandwidth):
+    """The share of `rate` that the blocks of a ViT can reach, where each operation takes its arithmetic or the values that it reads and
+    writes at `bandwidth`, whichever lasts longer. tokens: of a view; width: bytes a value."""
+    C = dim
+    operations = [    # (multiply-adds, values) a token, forward; the backward pass has twice of both
+        (0, 2 * C), (3 * C * C, 4 * C), (2 * tokens * C, 4 * C), (C * C, 2 * C), (0, 3 * C),    # norm, qkv, attention, proj, sum
+        (0, 2 * C), (4 * C * C, 5 * C), (0, 8 * C), (4 * C * C, 5 * C), (0, 3 * C),             # norm, fc1, GELU, fc2, sum
+    ]
+    seconds = sum(max(2 * products / rate, width * values / bandwidth) for products, values in operations)
+    return sum(2 * products for products, _ in operations) / rate / seconds
+
+
 def seconds_of(function, device, calls=10):
     """The shortest of several calls, after two that don't count."""
     shortest = float("inf")
@@ -249,12 +268,16 @@ def time_step(args, steps, warmup_steps):
     step_ms = sum(parts.values())
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak_resident()
     rate = matmul_rate(device, training.dtype)
+    bandwidth = copy_rate(device)
+    tokens = 1 + (args.global_crops_size // args.patch_size) ** 2
+    bound = roofline(training.student.backbone.dim, tokens, training.dtype.itemsize, rate, bandwidth) if training.student.backbone.heads else None
     relations_ms = 1e3 * relations_alone(args, training, device) if args.alpha or args.beta else 0.0
     result = {
         "recipe": args.recipe, "arch": args.arch, "batch": training.effective_batch, "views": [2, args.global_crops_size, args.local_crops_number, args.local_crops_size],
         "alpha": args.alpha, "beta": args.beta, "precision": args.precision, "compile": args.compile, "processes": processes.size, "threads": torch.get_num_threads(),
         "device": train.device_name(device), "torch": torch.__version__, "images_per_s": 1e3 * training.effective_batch / step_ms, "step_ms": step_ms, "parts_ms": parts,
         "relations_ms": relations_ms, "peak_memory_gib": peak, "tflop": flops / 1e12, "matmul_tflops": rate / 1e12, "mfu": flops / (1e-3 * step_ms * rate),
+        "copy_gb_per_s": bandwidth / 1e9, "roofline_mfu": bound,
     }
     say(f"{args.recipe}: {args.arch}/{args.patch_size}, batch {training.effective_batch}, 2 x {args.global_crops_size} + {args.local_crops_number} x {args.local_crops_size} pixels")
     say(f"{processes.size} process(es) on {result['device']}, {args.precision}{', compiled' if args.compile else ''}; mean of {steps} steps")
@@ -263,17 +286,19 @@ def time_step(args, steps, warmup_steps):
     say(f"  {'a step':12s} {step_ms:9.2f} ms         {result['images_per_s']:.1f} images/s")
     say(f"of it SERE, measured alone (h, g, L_p, L_c, forward and backward): {relations_ms:.2f} ms, {100 * relations_ms / step_ms:.1f} %")
     say(f"{flops / 1e12:.3f} TFLOP a process at {flops / step_ms / 1e9:.2f} TFLOP/s: {100 * result['mfu']:.1f} % of this device's matrix products, {rate / 1e12:.2f} TFLOP/s (MFU)")
-    say(f"peak memory {peak:.2f} GiB{'' if device.type == 'cuda' else ' (the process)'}")
+    if bound:
+        say(f"roofline: with {bandwidth / 1e9:.0f} GB/s of memory the blocks reach at most {100 * bound:.0f} %, if every operation reads and writes once")
+    say(f"peak memory {peak:.2f} GiB{'' if device.type == 'cuda' else ' (the process)'}" if peak else "peak memory: not known here")
     processes.close()
     return result if processes.rank == 0 else None
 
 
 def peak_resident():
-    """Most memory this process has held, in GiB; None where the system does not say."""
+    """The most memory this process has held, in GiB; None where the system does not say."""
     try:
         import resource    # not on Windows
     except ImportError:
-        return float("nan")
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if platform.system() == "Darwin" else 2**20)
 
 
@@ -318,26 +343,35 @@ def time_loader(args, rounds=5, most=100):
     return {"pillow_ms": ms["Pillow"], "decode_ms": ms["decode"], "all_ms": ms["all"], "ratio": ms["all"] / ms["Pillow"], "num_workers": args.num_workers, "images_per_s": images_per_s}
 
 
-def main(argv=None):
-    """Measure what the command line (a list of str; sys.argv if None) says."""
+def parse_args(argv=None):
+    """(this file's arguments, train.py's), of one command line."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="benchmark.py", usage="benchmark.py [--loader] [--steps N] [flags of train.py]", add_help=False, allow_abbrev=False, description=__doc__)
-    parser.add_argument("--loader", action="store_true", help="time the loader alone, on --data_path")
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py", usage="benchmark.py [--loader] [--steps N] [--warmup_steps N] [--flag value ...], the flags of train.py", description=__doc__.split("\n")[0],
+        add_help=False, allow_abbrev=False,
+    )
+    parser.add_argument("--loader", action="store_true", help="time the loader alone, on the image files of --data_path")
     parser.add_argument("--steps", type=int, default=20, help="steps to take the time of (default: %(default)s)")
     parser.add_argument("--warmup_steps", type=int, default=5, help="steps before them (default: %(default)s)")
     own, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
-        parser.print_help()
-        print("\nand of train.py:\n")
-    args = train.parse_args(rest if "--data_path" in rest else ["--data_path", NOISE, *rest])
+        print(f"{parser.format_help()}\nFlags of train.py; --data_path is {NOISE} if not given:\n")
+    args = train.parse_args(rest if any(flag.split("=")[0] == "--data_path" for flag in rest) else ["--data_path", NOISE, *rest])
     if own.steps < 1 or own.warmup_steps < 1:
         parser.error("--steps and --warmup_steps must be at least 1")
+    return own, args
+
+
+def main(argv=None):
+    """Measure what the command line (a list of str; sys.argv if None) says; returns what the JSON line has."""
+    own, args = parse_args(argv)
     try:
         result = time_loader(args) if own.loader else time_step(args, own.steps, own.warmup_steps)
     except (OSError, FloatingPointError) as error:
-        sys.exit(f"benchmark.py: error: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"benchmark.py: error: {str(error).strip().splitlines()[-1]}")    # a loader's worker puts its stack before the message
     if result:
         print(json.dumps(result))
+    return result
 
 
 if __name__ == "__main__":
