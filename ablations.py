@@ -39,4 +39,4 @@ class BatchRelationLoss(SelfRelationLoss):
     def channel_relation(features, temperature):
         """(B, C, N) -> (1, C, C)."""
         batch = features.transpose(0, 1).flatten(1)[None]    # (1, C, B * N)
-        return average_over_processes(channel_relation(batch, temperature))
+        return average_over_processes(channel_relation(batch, temperature).float())

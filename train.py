@@ -395,7 +395,7 @@ class Training:
             for module in (self.student, self.teacher, self.photometric, self.embedding_loss, self.relation_loss):
                 module.compile(dynamic=False)
         if self.processes.distributed:
-            self.network = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
+            self.network = DistributedDataParallel(self.student, gradient_as_bucket_view=True, broadcast_buffers=False)    # they are alike already
 
     def step(self, step, batches):
         """The step after `step` others, on the next batches (data.on_device) of an iterator, as many as are accumulated. Returns an Outcome."""
@@ -693,6 +693,7 @@ def settle(args, device):
         args.compile = cuda
     if cuda:
         torch.set_float32_matmul_precision("high")    # TF32 where autocast leaves float32: MoCo v3's similarities
+        torch.backends.cudnn.benchmark = not args.deterministic    # a ResNet's convolutions; shapes stay the same
 
 
 def main(argv=None):
