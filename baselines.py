@@ -80,7 +80,8 @@ class UnitRowLinear(nn.Module):
         self.scale = nn.Parameter(torch.ones(out_dim, 1), requires_grad=learn_scale)    # (K, 1): weight decay reaches it, as in DINO and iBOT
 
     def forward(self, x):
-        return F.linear(x, F.normalize(self.weight, dim=-1) * self.scale)
+        # What torch.nn.utils.parametrizations.weight_norm calls; F.normalize goes over the weights, 2^24 numbers in DINO, several times more.
+        return F.linear(x, torch._weight_norm(self.weight, self.scale, 0))
 
 
 class Assignment(Loss):

@@ -2434,7 +2434,7 @@ def test_benchmark_from_the_command_line(flags, folder, capsys, monkeypatch):
     assert result["step_ms"] == pytest.approx(sum(result["parts_ms"].values())) and result["images_per_s"] == pytest.approx(4000 / result["step_ms"])
     assert result["mfu"] == pytest.approx(result["tflop"] * 1000 / result["step_ms"]) and result["peak_memory_gib"] > 0
     without_relations = "--alpha" in flags
-    assert (result["relations_ms"] == 0) == without_relations and (result["parts_ms"]["L_c"] < 0.01 * result["step_ms"]) == without_relations
+    assert (result["relations_ms"] == 0) == without_relations
 
 
 def test_benchmark_of_the_loader(folder, capsys):
