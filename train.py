@@ -377,12 +377,12 @@ class Training:
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype == torch.float16)
 
-        # schedules: a value a step; the teacher's temperature a value an epoch
+        # schedules: a value a step, on the CPU, where asking for one waits for nothing; the teacher's temperature a value an epoch
         steps = args.epochs * self.steps_per_epoch
         self.top_lr = args.lr * self.effective_batch / 256
-        self.lr = cosine_schedule(self.top_lr, args.min_lr, steps, args.warmup_epochs * self.steps_per_epoch).tolist()
-        self.weight_decay = cosine_schedule(args.weight_decay, args.weight_decay_end, steps).tolist()
-        self.momentum = cosine_schedule(args.momentum_teacher, 1.0, steps).tolist()
+        self.lr = cosine_schedule(self.top_lr, args.min_lr, steps, args.warmup_epochs * self.steps_per_epoch)
+        self.weight_decay = cosine_schedule(args.weight_decay, args.weight_decay_end, steps)
+        self.momentum = cosine_schedule(args.momentum_teacher, 1.0, steps)
         self.teacher_temp = baseline.teacher_temp.to(processes.device)    # tensors: a number would be a new graph for torch.compile each time it changes
 
     def parts(self):
@@ -401,8 +401,8 @@ class Training:
         """The step after `step` others, on the next batches (data.on_device) of an iterator, as many as are accumulated. Returns an Outcome."""
         args, epoch = self.args, step // self.steps_per_epoch
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr[step]
-        self.optimizer.param_groups[0]["weight_decay"] = self.weight_decay[step]    # the other group has none
+            group["lr"] = self.lr[step].item()
+        self.optimizer.param_groups[0]["weight_decay"] = self.weight_decay[step].item()    # the other group has none
         torch.manual_seed(int(np.random.SeedSequence((args.seed, step, self.processes.rank)).generate_state(1)[0]))    # stochastic depth
 
         terms = 0.0
@@ -431,7 +431,7 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        update_teacher(self.student, self.teacher, self.momentum[step])
+        update_teacher(self.student, self.teacher, self.momentum[step].item())
         self.embedding_loss.update_center()
         return Outcome(terms, views, boxes, taught)
 
@@ -624,7 +624,7 @@ def train(args, processes, requests):
             looked = diagnostics(taught, boxes, training.relation_loss) | training.embedding_loss.diagnostics(taught.embedding, training.teacher_temp[epoch])
             if main_process:
                 log.write(
-                    kind="step", step=step, epoch=step / steps_per_epoch, **terms, lr=training.lr[step - 1],
+                    kind="step", step=step, epoch=step / steps_per_epoch, **terms, lr=training.lr[step - 1].item(),
                     images_per_s=images_per_s, data_wait=waited / seconds, unreadable=unreadable,
                     peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
                     **looked,
