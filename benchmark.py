@@ -33,35 +33,20 @@ from model import Network
 
 # --- images -----------------------------------------------------------------------------------------------------------
 
-NOISE = "noise"        # --data_path where none is given
-EPOCH = 1_000_000      # images, at least: no epoch ends while time is taken
+NOISE = "noise"    # --data_path where none is given
 
 
 class Noise(Dataset):
     """Images of the size of ImageNet's, drawn when asked for; all of a loader's work but for reading and decoding files."""
 
-    labels, classes = torch.full((EPOCH,), -1), 0
-
-    def __len__(self):
-        return EPOCH
-
-    def __getitem__(self, index):
-        pixels = np.random.default_rng(index).integers(256, size=(400, 470, 3), dtype=np.uint8)
-        return torch.from_numpy(pixels).permute(2, 0, 1), -1
-
-
-class Repeated(Dataset):
-    """A data set over and over."""
-
-    def __init__(self, images):
-        self.images, self.classes = images, images.classes
-        self.labels = images.labels.repeat(-(-EPOCH // len(images)))
+    labels, classes = torch.full((100_000,), -1), 0
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        return self.images[index % len(self.images)]
+        pixels = np.random.default_rng(index).integers(256, size=(400, 470, 3), dtype=np.uint8)
+        return torch.from_numpy(pixels).permute(2, 0, 1), -1
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -87,9 +72,11 @@ class Clock:
     def part(self, name):
         self.entered.append(name)
         self.mark()
-        yield
-        self.entered.pop()
-        self.mark()
+        try:
+            yield
+        finally:
+            self.entered.pop()
+            self.mark()
 
     def timed(self, name, function):
         """The function, its calls counted as part `name`."""
@@ -114,9 +101,11 @@ class Clock:
 
 @contextlib.contextmanager
 def timed_step(clock, training):
-    """A time in which the clock knows the parts of training.step."""
+    """A time in which the clock knows the parts of training.step. L_p and L_c are computed one after the other, which compiled would be one graph."""
+    kinds = {}
+
     def replace_call(module, wrap):    # compiled or not: what is compiled lies below nn.Module's __call__
-        kind = type(module)
+        kind = kinds[module] = type(module)
         module.__class__ = type(kind.__name__, (kind,), {"__call__": wrap(kind.__call__)})
 
     def one_by_one(call):    # without its heads a loss is 0
@@ -135,7 +124,11 @@ def timed_step(clock, training):
             (torch.Tensor, "backward", "backward"), (train, "clip_gradients", "optimizer"), (training.optimizer, "step", "optimizer"), (train, "update_teacher", "EMA"),
         ):
             patches.enter_context(mock.patch.object(owner, function, clock.timed(name, getattr(owner, function))))
-        yield
+        try:
+            yield
+        finally:
+            for module, kind in kinds.items():
+                module.__class__ = kind
 
 
 def each(items, next_item):
@@ -242,14 +235,16 @@ def relations_alone(args, training, device):
 # --- the two measurements ---------------------------------------------------------------------------------------------
 
 
-def time_step(args, steps, warmup_steps):
+def time_step(args, processes, steps, warmup_steps):
     """A table of a step's parts. Returns what the JSON line says."""
-    flops = count_flops(args)
-    processes = Processes()
-    device, say = processes.device, print if processes.rank == 0 else lambda *_: None
+    flops, device = count_flops(args), processes.device
+    say = print if processes.rank == 0 else lambda *_: None
     train.settle(args, device)
-    images = Noise() if args.data_path == NOISE else Repeated(build_dataset(args.data_path, "train"))
+    images = Noise() if args.data_path == NOISE else build_dataset(args.data_path, "train")
     training, clock = train.Training(args, processes, len(images)), Clock(device)
+    if len(training.lr) < warmup_steps + steps:
+        raise OSError(f"--epochs {args.epochs} of {len(images)} images are {len(training.lr)} steps, fewer than --warmup_steps and --steps")
+    rate, bandwidth = matmul_rate(device, training.dtype), copy_rate(device)
     training.make_ready()
     loader = train.build_loader(args, images, training.mask, processes)
     views = each((views for views, _ in each(loader, clock.timed("loader", next))), next)
@@ -260,15 +255,13 @@ def time_step(args, steps, warmup_steps):
                 clock.milliseconds()
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-            terms = training.step(step, batches).terms
+            outcome = training.step(step, batches)    # kept until the next, as in train.py
         spent = clock.milliseconds()
-    if not terms.isfinite().all():
-        raise FloatingPointError(f"the loss is {terms[0].item()}: no step to take the time of")
+    if not outcome.terms.isfinite().all():
+        raise FloatingPointError(f"the loss is {outcome.terms[0].item()}: no step to take the time of")
     parts = {name: spent[name] / steps for name in PARTS}
     step_ms = sum(parts.values())
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak_resident()
-    rate = matmul_rate(device, training.dtype)
-    bandwidth = copy_rate(device)
     tokens = 1 + (args.global_crops_size // args.patch_size) ** 2
     bound = roofline(training.student.backbone.dim, tokens, training.dtype.itemsize, rate, bandwidth) if training.student.backbone.heads else None
     relations_ms = 1e3 * relations_alone(args, training, device) if args.alpha or args.beta else 0.0
@@ -289,7 +282,6 @@ def time_step(args, steps, warmup_steps):
     if bound:
         say(f"roofline: with {bandwidth / 1e9:.0f} GB/s of memory the blocks reach at most {100 * bound:.0f} %, if every operation reads and writes once")
     say(f"peak memory {peak:.2f} GiB{'' if device.type == 'cuda' else ' (the process)'}" if peak else "peak memory: not known here")
-    processes.close()
     return result if processes.rank == 0 else None
 
 
@@ -302,7 +294,7 @@ def peak_resident():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if platform.system() == "Darwin" else 2**20)
 
 
-def time_loader(args, rounds=5, most=100):
+def time_loader(args, processes, rounds=5, most=100):
     """Milliseconds an image of the loader's work in one process, and of the loader's processes together. Returns what the JSON line says."""
     if args.data_path == NOISE:
         raise OSError("--loader needs images to decode: give --data_path")
@@ -310,7 +302,8 @@ def time_loader(args, rounds=5, most=100):
     images = build_dataset(args.data_path, "train")
     if not hasattr(images, "path"):
         raise OSError(f"--loader needs image files, and {args.data_path} has none")
-    loader = train.build_loader(args, Repeated(images), train.build_baseline(args).mask, Processes())
+    args.batch_size_per_gpu = min(args.batch_size_per_gpu, len(images))
+    loader = train.build_loader(args, images, train.build_baseline(args).mask, processes)
     chosen = np.random.default_rng(0).permutation(len(images))[:most].tolist()
 
     def bare(index):
@@ -351,7 +344,7 @@ def parse_args(argv=None):
         add_help=False, allow_abbrev=False,
     )
     parser.add_argument("--loader", action="store_true", help="time the loader alone, on the image files of --data_path")
-    parser.add_argument("--steps", type=int, default=20, help="steps to take the time of (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="steps to take the time of (default: %(default)s)")
     parser.add_argument("--warmup_steps", type=int, default=5, help="steps before them (default: %(default)s)")
     own, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
@@ -365,10 +358,13 @@ def parse_args(argv=None):
 def main(argv=None):
     """Measure what the command line (a list of str; sys.argv if None) says; returns what the JSON line has."""
     own, args = parse_args(argv)
+    processes = Processes()
     try:
-        result = time_loader(args) if own.loader else time_step(args, own.steps, own.warmup_steps)
-    except (OSError, FloatingPointError) as error:
+        result = time_loader(args, processes) if own.loader else time_step(args, processes, own.steps, own.warmup_steps)
+    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         sys.exit(f"benchmark.py: error: {str(error).strip().splitlines()[-1]}")    # a loader's worker puts its stack before the message
+    finally:
+        processes.close()
     if result:
         print(json.dumps(result))
     return result

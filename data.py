@@ -317,9 +317,11 @@ def ignore_signals(worker):
 @atexit.register
 def _end_workers():
     """A run that failed may leave workers behind, which would not hear the SIGTERM that Python sends them at its end and then waits for."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch takes a worker's death for an error
+    for process in workers:
+        process.kill()
 
 
 # --- the training set -------------------------------------------------------------------------------------------------

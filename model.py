@@ -249,7 +249,7 @@ class Network(nn.Module):
         tokens = [self.backbone(images.flatten(0, 1), m) for images, m in zip(views, masks)]    # (V * B, 1 + N, C)
         summary = self.backbone.norm(torch.cat([t[:, 0] for t in tokens]))                      # (V * B, C), of all resolutions
         summary = summary.unflatten(0, (-1, B))
-        features = [t[:, 1:].mT for t in tokens]                                                # (V * B, C, N): r, before the final norm
+        features = [t[:, 1:].contiguous().mT for t in tokens]                                   # (V * B, C, N): r, before the final norm
         embedding = None
         if self.head is not None:
             embedding = self.head(summary, [self.backbone.norm(t[:, 1:]).unflatten(0, (-1, B)) for t in tokens[: self.head.patches]], mask)

@@ -69,7 +69,7 @@ def mean_over_pairs(targets, logits):
     for v, student in enumerate(logits):
         if v <= len(targets):    # all local views have the same teachers
             teachers = [target for q, target in enumerate(targets) if q != v]
-            summed = sum(teachers)
+            summed = sum(teachers[1:], teachers[0])
         total = total + cross_entropy(summed, student).mean()    # Σ_q CE(targets_q, student)
         pairs += len(teachers)
     return total / pairs
@@ -130,7 +130,7 @@ class RelationHead(nn.Module):
     def _normalize(self, norm, x):
         """ReLU(BatchNorm(x)), with the channels of a patch side by side as the encoder leaves them: half the time of (B, C, N)."""
         patches = x.mT.flatten(0, 1)                                                   # (B * N, C)
-        return F.relu(norm(patches.float())).unflatten(0, (len(x), -1)).mT             # (B, C, N)
+        return F.relu(norm(patches.float()), inplace=True).unflatten(0, (len(x), -1)).mT    # (B, C, N)
 
     def forward(self, x):
         z = self.project(x)

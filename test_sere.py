@@ -450,6 +450,11 @@ def test_parameters_follow_dinos_distributions():
         assert values.min() >= low and values.max() <= high
         spread = (high - low) / 12**0.5    # uniform
         assert abs(values.mean() - (low + high) / 2) < 4 * spread / values.numel() ** 0.5 and abs(values.std() / spread - 1) < 0.1
+    sigmas = rows[:, 2:, augment.SIGMA]
+    assert abs(sigmas[sigmas > 0].mean() - 1.05) < 4 * 1.9 / 12**0.5 / (sigmas > 0).sum() ** 0.5    # whichever are blurred
+    share(rows[:, :, augment.GREY][jittered], 0.2)
+    drawn = torch.cat([factors[jittered], hue[jittered][:, None]], dim=1)
+    assert (drawn.T.corrcoef() - torch.eye(4)).abs().max() < 4 / len(drawn) ** 0.5    # one of the other independent
     orders = rows[:, :, augment.ORDER][jittered]
     assert (orders.sort(dim=-1).values == torch.arange(4.0)).all() and len({tuple(o.tolist()) for o in orders}) == 24
     for position in range(4):
@@ -728,6 +733,17 @@ def test_ibot_centres_class_and_patch_tokens_apart_over_all_teacher_patches():
     close(loss.center, 0.1 * summary.mean(dim=(0, 1)))
     close(loss.patches.center, 0.1 * mean)
     assert set(loss.state_dict()) == {"center", "patches.center"}
+
+
+def test_ibot_centre_is_of_all_the_teachers_patches_whatever_is_masked():
+    args, baseline, student, teacher = networks(VARIANTS["ibot"])
+    views, boxes, mask = random_views(args, baseline)
+    with torch.no_grad():
+        taught, everything = teacher(views[:1], mask), teacher(views[:1])
+        baseline.loss(student(views, mask).embedding, taught.embedding, baseline.teacher_temp[0], boxes)
+    baseline.loss.update_center()
+    close(baseline.loss.patches.center, 0.1 * everything.embedding.patches[0].mean(dim=(0, 1, 2)))
+    close(baseline.loss.center, 0.1 * everything.embedding.summary.mean(dim=(0, 1)))
 
 
 def test_ibot_head_gives_what_is_masked_and_of_the_teacher_the_mean_of_all():
@@ -1390,8 +1406,11 @@ def test_knn_votes_equal_a_loop(k, monkeypatch):
         for similarity, label in sorted(similarities, reverse=True)[:k]:
             expected[label] += math.exp(similarity / T)
         close(votes[i], expected, rtol=1e-4)    # exp(x / 0.07) makes 14 of a rounding
+    held, topk = [], torch.Tensor.topk
     monkeypatch.setattr(evaluate, "SIMILARITIES", 40)    # two test images at a time
+    monkeypatch.setattr(torch.Tensor, "topk", lambda x, *args, **rest: held.append(x.numel()) or topk(x, *args, **rest))
     close(evaluate.knn_votes(train_features, labels, test_features, k, T, 4), votes)
+    assert held == [40, 40, 40, 20]
 
 
 def test_features_are_the_normed_class_token_of_the_centre_crop(tmp_path):
@@ -2405,6 +2424,7 @@ def test_timing_a_step_changes_nothing_of_it(folder):
     assert all(torch.equal(a, b) for a, b in zip(*results))
     assert set(clock.milliseconds()) == set(benchmark.PARTS) - {"loader", "transfer"}
     assert torch.Tensor.backward.__name__ == "backward" and train.update_teacher is model.update_teacher    # as before
+    assert type(training.student) is model.Network and type(training.embedding_loss) is baselines.IBOTLoss
 
 
 def test_operations_are_counted_as_by_hand():
@@ -2446,6 +2466,7 @@ def test_benchmark_of_the_loader(folder, capsys):
 @pytest.mark.parametrize("flags, message", [
     ("--loader", "--loader needs images to decode: give --data_path"), ("--loader --data_path shapes", "--loader needs image files, and shapes has none"),
     ("--data_path nowhere", "nowhere is neither a folder nor one of"), ("--steps 0", "--steps and --warmup_steps must be at least 1"),
+    ("--data_path shapes --batch_size_per_gpu 5000", "--epochs 3 of 10000 images are 6 steps, fewer than --warmup_steps and --steps"),
     ("--stps 3", "unrecognized arguments: --stps 3"),
 ])
 def test_bad_input_to_benchmark_gets_one_clear_line(flags, message, capsys):
@@ -2584,12 +2605,13 @@ def test_an_unreadable_image_is_an_error_in_evaluation(tmp_path):
     with pytest.raises(SystemExit, match="!text.jpg can't be read"):
         evaluate.main(["knn", "--pretrained_weights", str(tmp_path / "backbone.pth"), "--data_path", str(folder), "--num_workers", "0"])
     # As a process of its own, too, and in one of two: its loader's workers end with it. The second process meets the file alone.
-    command = [HERE / "evaluate.py", "knn", "--pretrained_weights", tmp_path / "backbone.pth", "--data_path", folder, "--num_workers", "1", "--batch_size_per_gpu", "1"]
+    command = [HERE / "evaluate.py", "knn", "--pretrained_weights", tmp_path / "backbone.pth", "--data_path", folder, "--num_workers", "3", "--batch_size_per_gpu", "1"]
     (folder / "val/class0/!text.jpg").rename(folder / "val/class0/00.jpg")
     (folder / "val/class0/!truncated.jpg").unlink()
     for launcher, who in (([], ""), (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], r" \(process 1\)")):
         done = subprocess.run([sys.executable, *launcher, *command], env=environment(), capture_output=True, text=True, timeout=100)
         assert done.returncode == 1 and re.search(f"evaluate.py: error{who}: .*00.jpg can't be read", done.stderr), done.stderr[-2000:]
+        assert launcher or ("Traceback" not in done.stderr and "error" in done.stderr.splitlines()[-1]), done.stderr
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------

@@ -395,7 +395,7 @@ class Training:
             for module in (self.student, self.teacher, self.photometric, self.embedding_loss, self.relation_loss):
                 module.compile(dynamic=False)
         if self.processes.distributed:
-            self.network = DistributedDataParallel(self.student, gradient_as_bucket_view=True, broadcast_buffers=False)    # they are alike already
+            self.network = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
 
     def step(self, step, batches):
         """The step after `step` others, on the next batches (data.on_device) of an iterator, as many as are accumulated. Returns an Outcome."""
@@ -685,8 +685,11 @@ def draw_attention_of(images, encoder, size, device, path, number=6):
 
 
 def settle(args, device):
-    """What --precision auto, and --compile if not given, are on this device."""
+    """What --precision auto, and --compile if not given, are on this device; and PyTorch's global settings. Before anything is computed."""
     cuda = device.type == "cuda"
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # read with the first matrix product
+        torch.use_deterministic_algorithms(True)
     if args.precision == "auto":
         args.precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
     if args.compile is None:
@@ -699,9 +702,6 @@ def settle(args, device):
 def main(argv=None):
     """Train as the command line (a list of str; sys.argv if None) says."""
     args = parse_args(argv)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
     processes = Processes()
     settle(args, processes.device)
     try:

@@ -5,6 +5,7 @@
 With train.py's flags. A figure is the milliseconds of heads, losses and their backward pass, the least of some rounds in turns.
 """
 
+import contextlib
 import math
 import sys
 from unittest import mock
@@ -12,8 +13,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-import ablations
-import baselines
 import benchmark
 import relations
 import train
@@ -63,22 +62,38 @@ FORMS = {    # what is patched, compiled?, half precision?
 }
 
 
+def check(args):
+    """The other forms' losses and gradients are those of relations.py."""
+    B, C = 4, train.ARCHITECTURES[args.arch]["dim"]
+    low, features = 0.4 * torch.rand(6, B, 2), [torch.rand(2, B, C, 196), torch.rand(4, B, C, 36)]
+    boxes, loss = torch.cat([low, low + 0.5, torch.randint(2, (6, B, 1)).float()], dim=-1), train.build_relation_loss(args)
+    outcomes = {}
+    for name, (patches, compiled, half) in FORMS.items():
+        if patches or not outcomes:
+            with contextlib.ExitStack() as stack:
+                for patch in patches:
+                    stack.enter_context(mock.patch.object(*patch))
+                student = [x.clone().requires_grad_() for x in features]
+                total = loss.spatial(features[0].flip(0), student, boxes) + loss.channel(features[0].flip(0), student)
+                outcomes[name] = total.detach(), *torch.autograd.grad(total, student)
+        for a, b in zip(outcomes.get(name, ()), outcomes["as in relations.py"]):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()), msg=f"{name} is another loss")
+
+
 def main():
     args = train.parse_args(sys.argv[1:])
     processes = Processes()
     train.settle(args, processes.device)
-    training = train.Training(args, processes, benchmark.EPOCH)
-    best, values = dict.fromkeys(FORMS, float("inf")), {}
+    check(args)
+    training = train.Training(args, processes, args.batch_size_per_gpu)
+    best = dict.fromkeys(FORMS, float("inf"))
     for _ in range(3):
         for name, (patches, args.compile, half) in FORMS.items():
             training.dtype = torch.bfloat16 if half else torch.float32
-            torch.manual_seed(0)
-            patchers = [mock.patch.object(*patch) for patch in patches]
-            for patcher in patchers:
-                patcher.start()
-            best[name] = min(best[name], 1e3 * benchmark.relations_alone(args, training, processes.device))
-            for patcher in patchers:
-                patcher.stop()
+            with contextlib.ExitStack() as stack:
+                for patch in patches:
+                    stack.enter_context(mock.patch.object(*patch))
+                best[name] = min(best[name], 1e3 * benchmark.relations_alone(args, training, processes.device))
     print(f"{args.arch}, {args.batch_size_per_gpu} images, {train.device_name(processes.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name, ms in best.items():
         print(f"{name:40s} {ms:9.2f} ms  {ms / best['as in relations.py']:5.2f}")
