@@ -164,14 +164,14 @@ def matmul_rate(device, dtype):
     """Floating-point operations a second of a large matrix product, the best of a few: what MFU is a share of."""
     n, products = (8192, 10) if device.type == "cuda" else (2048, 1)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 * products / seconds_of(lambda: [a @ b for _ in range(products)], device)
+    return 2 * n**3 * products / min(seconds_of(lambda: [a @ b for _ in range(products)], device))
 
 
 def copy_rate(device):
     """Bytes a second of a large copy, read and written ones."""
     a = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device).fill_(1)
     b = a.clone()
-    return 2 * a.numel() / seconds_of(lambda: b.copy_(a), device)
+    return 2 * a.numel() / min(seconds_of(lambda: b.copy_(a), device))
 
 
 def roofline(dim, tokens, width, rate, bandwidth):
@@ -187,16 +187,15 @@ def roofline(dim, tokens, width, rate, bandwidth):
 
 
 def seconds_of(function, device, calls=10):
-    """The shortest of several calls, after two that don't count."""
-    shortest = float("inf")
-    for call in range(2 + calls):
+    """Of each of several calls, after two that don't count."""
+    seconds = []
+    for _ in range(2 + calls):
         start = time.perf_counter()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        if call >= 2:
-            shortest = min(shortest, time.perf_counter() - start)
-    return shortest
+        seconds.append(time.perf_counter() - start)
+    return seconds[2:]
 
 
 class Tokens(nn.Module):
@@ -229,7 +228,8 @@ def relations_alone(args, training, device):
             l_p, l_c = loss(taught, learned, boxes)
         (args.alpha * l_p + args.beta * l_c).backward()
 
-    return args.grad_accum_steps * seconds_of(forward_and_backward, device)
+    seconds = seconds_of(forward_and_backward, device)
+    return args.grad_accum_steps * sum(seconds) / len(seconds)
 
 
 # --- the two measurements ---------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def time_step(args, processes, steps, warmup_steps):
     images = Noise() if args.data_path == NOISE else build_dataset(args.data_path, "train")
     training, clock = train.Training(args, processes, len(images)), Clock(device)
     if len(training.lr) < warmup_steps + steps:
-        raise OSError(f"--epochs {args.epochs} of {len(images)} images are {len(training.lr)} steps, fewer than --warmup_steps and --steps")
+        raise OSError(f"--epochs {args.epochs} of {len(images)} images are {len(training.lr)} steps, fewer than the {warmup_steps + steps} of --warmup_steps and --steps")
     rate, bandwidth = matmul_rate(device, training.dtype), copy_rate(device)
     training.make_ready()
     loader = train.build_loader(args, images, training.mask, processes)
@@ -298,7 +298,8 @@ def time_loader(args, processes, rounds=5, most=100):
     """Milliseconds an image of the loader's work in one process, and of the loader's processes together. Returns what the JSON line says."""
     if args.data_path == NOISE:
         raise OSError("--loader needs images to decode: give --data_path")
-    torch.set_num_threads(1)
+    if processes.distributed:
+        raise OSError("--loader is of one process: leave out torchrun")
     images = build_dataset(args.data_path, "train")
     if not hasattr(images, "path"):
         raise OSError(f"--loader needs image files, and {args.data_path} has none")
@@ -311,13 +312,15 @@ def time_loader(args, processes, rounds=5, most=100):
             image.convert("RGB")
 
     work = {"Pillow": bare, "decode": images.__getitem__, "all": lambda index: loader.collate_fn([loader.dataset[0, index]])}
-    best = {name: np.full(len(chosen), np.inf) for name in work}
+    best, threads = {name: np.full(len(chosen), np.inf) for name in work}, torch.get_num_threads()
+    torch.set_num_threads(1)    # as in a worker
     for _ in tqdm(range(rounds), "rounds", disable=None):
         for i, index in enumerate(chosen):
             for name, function in work.items():    # in turns: what disturbs one disturbs the other
                 start = time.perf_counter()
                 function(index)
                 best[name][i] = min(best[name][i], time.perf_counter() - start)
+    torch.set_num_threads(threads)
     ms = {name: 1e3 * times.mean() for name, times in best.items()}
 
     batches, number = iter(loader), max(4, 2 * args.num_workers)

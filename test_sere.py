@@ -2460,13 +2460,13 @@ def test_benchmark_from_the_command_line(flags, folder, capsys, monkeypatch):
 def test_benchmark_of_the_loader(folder, capsys):
     result = benchmark.main([*SMALL, "--loader", "--data_path", str(folder)])
     assert result["pillow_ms"] < result["all_ms"] and result["ratio"] == pytest.approx(result["all_ms"] / result["pillow_ms"]) and result["images_per_s"] > 0
-    assert "times bare decoding" in capsys.readouterr().out
+    assert "times bare decoding" in capsys.readouterr().out and torch.get_num_threads() == 2    # as before
 
 
 @pytest.mark.parametrize("flags, message", [
     ("--loader", "--loader needs images to decode: give --data_path"), ("--loader --data_path shapes", "--loader needs image files, and shapes has none"),
     ("--data_path nowhere", "nowhere is neither a folder nor one of"), ("--steps 0", "--steps and --warmup_steps must be at least 1"),
-    ("--data_path shapes --batch_size_per_gpu 5000", "--epochs 3 of 10000 images are 6 steps, fewer than --warmup_steps and --steps"),
+    ("--data_path shapes --batch_size_per_gpu 5000", "--epochs 3 of 10000 images are 6 steps, fewer than the 35 of --warmup_steps and --steps"),
     ("--stps 3", "unrecognized arguments: --stps 3"),
 ])
 def test_bad_input_to_benchmark_gets_one_clear_line(flags, message, capsys):
