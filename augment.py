@@ -102,7 +102,7 @@ class MultiCrop:
         """seed: a tuple of non-negative integers, (seed, epoch, index)."""
         seeds = iter(np.random.SeedSequence(seed).generate_state(sum(number for number, *_ in self.resolutions), np.uint64).tolist())
         crops, rows, masks = [], [], []
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):    # the global generator, which masks draw from too, is left as it was
             for number, size, scale in self.resolutions:
                 batch = []
                 for _ in range(number):
