@@ -7,7 +7,7 @@ B batch, V views, G global views, N patches, C channels, K outputs
 
 from baselines import IBOTLoss
 from distributed import average_over_processes
-from relations import SelfRelationLoss, channel_relation, cross_entropy, mean_over_overlaps
+from relations import SelfRelationLoss, channel_relation, cross_entropy, mean_over_overlaps, mean_over_pairs, stopped
 
 
 class DINOPlusLoss(IBOTLoss):
@@ -40,3 +40,8 @@ class BatchRelationLoss(SelfRelationLoss):
         """(B, C, N) -> (1, C, C)."""
         batch = features.transpose(0, 1).flatten(1)[None]    # (1, C, B * N)
         return average_over_processes(channel_relation(batch, temperature).float())
+
+    def channel(self, teacher, student):
+        t_teacher, t_student = self.teacher_temperatures[1], self.student_temperatures[1]
+        targets = [stopped(self.channel_relation(c1, t_teacher)) for c1 in teacher]
+        return mean_over_pairs(targets, (self.channel_relation(c2, t_student) for views in student for c2 in views))

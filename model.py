@@ -247,12 +247,12 @@ class Network(nn.Module):
         hidden = mask.flatten(0, 1) if mask is not None and hasattr(self.backbone, "masked_embed") else None
         masks = [hidden] + [None] * (len(views) - 1)
         tokens = [self.backbone(images.flatten(0, 1), m) for images, m in zip(views, masks)]    # (V * B, 1 + N, C)
-        summary = self.backbone.norm(torch.cat([t[:, 0] for t in tokens]))                      # (V * B, C), of all resolutions
-        summary = summary.unflatten(0, (-1, B))
-        features = [t[:, 1:].contiguous().mT for t in tokens]                                   # (V * B, C, N): r, before the final norm
+        summaries, patches = zip(*(t.split([1, t.shape[1] - 1], dim=1) for t in tokens))
+        summary = self.backbone.norm(torch.cat(summaries).squeeze(1)).unflatten(0, (-1, B))     # (V, B, C), of all resolutions
         embedding = None
         if self.head is not None:
-            embedding = self.head(summary, [self.backbone.norm(t[:, 1:]).unflatten(0, (-1, B)) for t in tokens[: self.head.patches]], mask)
+            embedding = self.head(summary, [self.backbone.norm(p).unflatten(0, (-1, B)) for p in patches[: self.head.patches]], mask)
+        features = [p.contiguous().mT for p in patches]                                         # (V * B, C, N): r, before the final norm
         return Output(
             summary=summary,
             embedding=embedding,

@@ -6,7 +6,7 @@ An image's patch features r (C x N) are turned into how they relate to each othe
     r  ->  h: BatchNorm, ReLU  ->  [g: linear, BatchNorm, ReLU; student only]  ->  ⊙ (A_p only)  ->  Gram matrix  ->  softmax
 
 B batch, C channels, N = H * W patches (or sampled points), M relation heads (not the encoder's attention heads), G global views,
-V views of one resolution; q the teacher's view, v the student's. The paper's G(.), stop-gradient, is detach() here.
+V views of one resolution; q the teacher's view, v the student's. The paper's G(.), stop-gradient, is `stopped`.
 """
 
 import math
@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from distributed import BatchNorm, average_over_processes
 from sampler import overlap, region_align
@@ -24,12 +25,8 @@ def spatial_relation(features, heads, temperature=1.0):
 
     features: (B, C, N). Returns logits (B, heads, N, N). Raises ValueError where heads does not divide C.
     """
-    B, C, N = features.shape
-    if C % heads:
-        possible = [m for m in range(1, C + 1) if C % m == 0]
-        raise ValueError(f"{C} channels can't be split into {heads} relation heads; possible: {possible}")
-    p = features.reshape(B, heads, C // heads, N)
-    return (p / (math.sqrt(C // heads) * temperature)).mT @ p    # (B, M, N, N)
+    p = spatial_features(features, heads, temperature)
+    return p.mT @ p
 
 
 def channel_relation(features, temperature=1.0):
@@ -37,40 +34,83 @@ def channel_relation(features, temperature=1.0):
 
     features: (B, C, N). Returns logits (B, C, C).
     """
-    return (features / (features.shape[-1] * temperature)) @ features.mT    # (B, C, C); scaled first, as C x C is larger
+    c = channel_features(features, temperature)
+    return c.mT @ c
+
+
+def spatial_features(features, heads, temperature):
+    """p in M groups of channels, scaled so that pᵀp is Eq. 2 before its softmax: (B, C, N) -> (B, M, C / M, N)."""
+    C = features.shape[1]
+    if C % heads:
+        possible = [m for m in range(1, C + 1) if C % m == 0]
+        raise ValueError(f"{C} channels can't be split into {heads} relation heads; possible: {possible}")
+    return features.unflatten(1, (heads, -1)).contiguous() / math.sqrt(math.sqrt(C // heads) * temperature)
+
+
+def channel_features(features, temperature):
+    """c, scaled so that cᵀc is Eq. 4 before its softmax: (B, C, N) -> (B, N, C)."""
+    return features.mT / math.sqrt(features.shape[-1] * temperature)
 
 
 def cross_entropy(targets, logits):
-    """-Σ_j targets_j log softmax(logits)_j: (..., N), twice -> (...).
-
-    targets need not sum to 1: cross-entropy is linear in its target, so those of several teachers may be added up.
-    """
+    """-Σ_j targets_j log softmax(logits)_j: (..., N), twice -> (...)."""
     return -(targets * logits.log_softmax(dim=-1, dtype=torch.float32)).sum(dim=-1)
+
+
+def stopped(logits):
+    """G(A) of Eq. 3 and 5: the relation of a teacher, whom no gradient reaches. (..., N) -> (..., N)."""
+    return logits.detach().softmax(dim=-1, dtype=torch.float32)
 
 
 def relation_cross_entropy(teacher_logits, student_logits):
     """Re(G(A), A') of Eq. 3 and 5: cross-entropy of two relations, mean over rows (and heads).
 
-    Both logits: (B, ..., N, N). Returns (B,). No gradient reaches the teacher (G).
+    Both logits: (B, ..., N, N). Returns (B,). The plain form of what GramCrossEntropy computes.
     """
-    return cross_entropy(teacher_logits.detach().softmax(dim=-1, dtype=torch.float32), student_logits).flatten(1).mean(dim=1)
+    return cross_entropy(stopped(teacher_logits), student_logits).flatten(1).mean(dim=1)
 
 
-def mean_over_pairs(targets, logits):
-    """Cross-entropy averaged over all pairs of views, in which every global view teaches every other view:
+class GramCrossEntropy(torch.autograd.Function):
+    """relation_cross_entropy of a student's relation xᵀx that is dropped at once, as its gradient is made in the forward pass:
+
+        ∂/∂x Σ_i CE(targets_i, (xᵀx)_i) = x (G + Gᵀ),    G = softmax(xᵀx) - targets
+
+    apply(targets (B, ..., N, N), whose rows sum to 1, x (B, ..., D, N)) -> (B,). Autograd would keep two N x N matrices a view until
+    the backward pass, go over them twice as often, and multiply once more. No gradient reaches the targets.
+    """
+
+    @staticmethod
+    def forward(ctx, targets, x):
+        log_A = (x.mT @ x).log_softmax(dim=-1, dtype=torch.float32)
+        ctx.rows = log_A[0, ..., 0].numel()
+        loss = -(targets * log_A).flatten(1).sum(dim=1) / ctx.rows
+        G = log_A.exp_().sub_(targets)
+        ctx.save_for_backward(x @ (G + G.mT))    # unscaled: half precision would lose what a mean leaves
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gradient, = ctx.saved_tensors
+        return None, (grad / ctx.rows).view(-1, *[1] * (gradient.ndim - 1)) * gradient
+
+
+def mean_over_pairs(targets, students, loss=cross_entropy):
+    """A loss averaged over all pairs of views, in which every global view teaches every other view:
 
         for q in global views:          the teacher's
             for v in all views:         the student's, global ones first; views q and v < G of the same index are one view
                 if v != q: the pair (q, v) counts
 
-    targets: G tensors (B, ..., N); logits: V of them, from any iterable. A student view's targets are added up first.
+    loss: linear in its target, (target, student's) -> any shape; targets: G tensors, students: V of them, from any iterable.
+    So the targets of a student view are averaged first.
     """
     total, pairs = 0.0, 0
-    for v, student in enumerate(logits):
+    for v, student in enumerate(students):
         if v <= len(targets):    # all local views have the same teachers
             teachers = [target for q, target in enumerate(targets) if q != v]
-            summed = sum(teachers[1:], teachers[0])
-        total = total + cross_entropy(summed, student).mean()    # Σ_q CE(targets_q, student)
+            target = teachers[0] if len(teachers) == 1 else sum(teachers[1:], teachers[0]) / len(teachers)
+        total = total + len(teachers) * loss(target, student).mean()    # Σ_q loss(targets_q, student)
         pairs += len(teachers)
     return total / pairs
 
@@ -83,7 +123,7 @@ def mean_over_overlaps(loss, teacher, student, boxes, size_global, size_local):
     size_global, size_local: points a side that ⊙ takes, from two global views and from a pair with a local one.
     """
     G = len(teacher)
-    groups = [(view[None], box[None], size_global) for view, box in zip(student[0], boxes)]    # a global view is not its own pupil
+    groups = [(view[None], box[None], size_global) for view, box in zip(_each(student[0]), boxes)]    # a global view is not its own pupil
     groups += [(views, boxes[G:], size_local) for views in student[1:]]                        # the local ones all are
     total, pairs = 0.0, 0.0
     for q, r1 in enumerate(teacher):
@@ -97,6 +137,11 @@ def mean_over_overlaps(loss, teacher, student, boxes, size_global, size_local):
             pairs = pairs + valid.sum()
     # DDP averages gradients over processes; dividing by the mean number of pairs makes that average the global mean.
     return total / average_over_processes(pairs.float()).clamp(min=1e-6)
+
+
+def _each(views):
+    """The views (B, C, N) of (V, B, C, N), taken apart with a patch's channels side by side, as gradients are put together again."""
+    return [view.mT for view in views.mT]
 
 
 def _as_map(features):
@@ -162,7 +207,8 @@ class SelfRelationLoss(nn.Module):
         t_teacher, t_student = self.teacher_temperatures[0], self.student_temperatures[0]
 
         def eq3(p1, p2):    # (B, C, S * S), aligned -> (B,)
-            return relation_cross_entropy(spatial_relation(p1, self.heads, t_teacher), spatial_relation(p2, self.heads, t_student))
+            target = stopped(spatial_relation(p1, self.heads, t_teacher))
+            return GramCrossEntropy.apply(target, spatial_features(p2, self.heads, t_student))
 
         return mean_over_overlaps(eq3, teacher, student, boxes, self.overlap_global, self.overlap_local)
 
@@ -170,9 +216,9 @@ class SelfRelationLoss(nn.Module):
         """L_c, mean over all pairs and images; teacher: c of the global views (G, B, C, N), student: a list by resolution
         of g_c(c) (V, B, C, N). No alignment: A_c has no spatial axis."""
         t_teacher, t_student = self.teacher_temperatures[1], self.student_temperatures[1]
-        targets = [self.channel_relation(c1.detach(), t_teacher).softmax(dim=-1, dtype=torch.float32) for c1 in teacher]    # G times (B, C, C)
-        logits = (self.channel_relation(c2, t_student) for views in student for c2 in views)           # V times (B, C, C)
-        return mean_over_pairs(targets, logits)    # Eq. 5
+        targets = [stopped(channel_relation(c1, t_teacher)) for c1 in teacher]                         # G times (B, C, C)
+        students = (channel_features(c2, t_student) for views in student for c2 in _each(views))           # V times (B, N, C)
+        return mean_over_pairs(targets, students, GramCrossEntropy.apply)    # Eq. 5
 
     def forward(self, teacher, student, boxes):
         """(L_p, L_c) from two networks' outputs, each with lists `.spatial` and `.channel` by resolution; 0 for an empty list."""

@@ -40,11 +40,11 @@ def region_align(features, boxes, region, size):
     region: (B, 4), see `overlap`, or (B, R, 4), R of them in each view. Returns (B, C, size * size) or (B, R, C, size * size),
     cells row by row, left to right in the original image.
 
-    Bilinear weights on a grid are products of a row's and a column's: the sample is one product with a small matrix an image, exact,
-    and deterministic on every device. Equals torchvision.ops.roi_align(sampling_ratio=1, aligned=True) of the region.
+    Bilinear weights on a grid are products of a row's and a column's: two products with small matrices, exact, and deterministic on
+    every device. Equals torchvision.ops.roi_align(sampling_ratio=1, aligned=True) of the region.
     """
     if region.ndim == 2:
-        return region_align(features, boxes, region[:, None], size)[:, 0]
+        return region_align(features, boxes, region[:, None], size).squeeze(1)
     H, W = features.shape[-2:]
     cells = (torch.arange(size, device=boxes.device) + 0.5) / size                  # (S,) centres, fractions of the region
     low, high = region[:, :, 0:2, None], region[:, :, 2:4, None]                    # (B, R, 2, 1)
@@ -54,6 +54,7 @@ def region_align(features, boxes, region, size):
     x = torch.where(boxes[:, None, 4:5] > 0, 1 - x, x)
     rows = _interpolation_matrix(y * H - 0.5, H)                                    # (B, R, S, H); patch i covers [i, i + 1] / H
     columns = _interpolation_matrix(x * W - 0.5, W)                                 # (B, R, S, W)
-    weights = torch.einsum("brih,brjw->brijhw", rows, columns).to(features.dtype)
-    sampled = features.flatten(2) @ weights.flatten(4).flatten(1, 3).mT             # (B, C, H * W) @ (B, H * W, R * S * S)
-    return sampled.unflatten(2, (-1, size * size)).transpose(1, 2)                  # (B, R, C, S * S)
+    maps = features.movedim(1, 3).flatten(2)                                        # (B, H, W * C), channels side by side as encoders leave them
+    maps = (rows.flatten(1, 2).to(maps.dtype) @ maps).unflatten(2, (W, -1))         # (B, R * S, W, C)
+    sampled = columns[:, :, None].to(maps.dtype) @ maps.unflatten(1, (-1, size))    # (B, R, S, S, C)
+    return sampled.flatten(2, 3).mT                                                 # (B, R, C, S * S)

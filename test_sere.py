@@ -224,9 +224,24 @@ def test_relation_cross_entropy_is_torchs_and_teaches_the_student_only():
     assert teacher.grad is None and student.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 4, 6), (3, 5, 7)])
+def test_gram_cross_entropy_is_the_plain_form_and_keeps_no_relation(shape):
+    """Values, gradients of images that weigh differently, and memory: nothing of N x N numbers an image waits for the backward pass."""
+    x, teacher, weight, kept = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True), torch.rand(shape[0]), []
+    targets = (teacher.mT @ teacher).softmax(dim=-1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        loss = relations.GramCrossEntropy.apply(targets, x)
+    expected = relations.relation_cross_entropy(teacher.mT @ teacher, x.mT @ x)
+    close(loss, expected)
+    assert kept == [x.shape]
+    (loss @ weight).backward()
+    close(x.grad, torch.autograd.grad(expected @ weight, x)[0])
+    assert teacher.grad is None
+
+
 def test_half_precision_relations_are_noise_beside_half_precision_heads():
-    """On a GPU heads and Gram matrices are in bfloat16, softmax and cross-entropy in float32. Measured: losses 1.6e-4; gradients 1.2 % from Gram
-    matrices, 3.3 % from heads, 3.5 % from both."""
+    """On a GPU heads, ⊙ and Gram matrices are in bfloat16, softmax and cross-entropy in float32. Measured: losses 1.0e-4; gradients 1.7 % from
+    ⊙ and Gram matrices, 3.3 % from heads, 3.7 % from both."""
     args, _, student, teacher = networks(["--global_crops_size", "64", "--local_crops_size", "32", "--overlap_global", "7"])
     tokens = [torch.randn(number, 3, 1 + grid**2, 96).cumsum(dim=2) / grid for number, grid in ((2, 8), (2, 4))]    # neighbours are alike
     boxes, loss = torch.stack([random_boxes(3) for _ in range(4)]), train.build_relation_loss(args)
@@ -247,7 +262,7 @@ def test_half_precision_relations_are_noise_beside_half_precision_heads():
         assert terms.dtype == torch.float32
         close(terms, exact[0], rtol=5e-4)
         errors[precision] = (gradient - exact[1]).norm() / exact[1].norm()
-    assert errors[False, True] < 0.02 and errors[True, True] < 1.3 * errors[True, False] + 1e-3, errors
+    assert errors[False, True] < 0.025 and errors[True, True] < 1.3 * errors[True, False] + 1e-3, errors
 
 
 def test_relations_of_identical_views_agree():

@@ -22,10 +22,18 @@ import train
 from distributed import Processes
 
 
-def pair_by_pair(targets, logits):
-    """mean_over_pairs with a cross-entropy a pair: no sum of targets."""
-    terms = [relations.cross_entropy(target, student).mean() for v, student in enumerate(logits) for q, target in enumerate(targets) if q != v]
+def pair_by_pair(targets, students, loss):
+    """mean_over_pairs with a loss a pair: no sum of targets."""
+    terms = [loss(target, student).mean() for v, student in enumerate(students) for q, target in enumerate(targets) if q != v]
     return sum(terms) / len(terms)
+
+
+class ByAutograd:
+    """GramCrossEntropy in the plain form."""
+
+    @staticmethod
+    def apply(targets, x):
+        return relations.cross_entropy(targets, x.mT @ x).flatten(1).mean(dim=1)
 
 
 def attention(self, teacher, student, boxes):
@@ -55,10 +63,12 @@ def pair_of_views_by_pair(loss, teacher, student, boxes, size_global, size_local
 
 FORMS = {    # what is patched, compiled?, half precision?
     "as in relations.py": ([], False, False),
+    "by autograd": ([(relations, "GramCrossEntropy", ByAutograd)], False, False),
     "L_c pair by pair": ([(relations, "mean_over_pairs", pair_by_pair)], False, False),
     "⊙ pair by pair": ([(relations, "mean_over_overlaps", pair_of_views_by_pair)], False, False),
     "L_p as attention": ([(relations.SelfRelationLoss, "spatial", attention)], False, False),
     "compiled": ([], True, False),
+    "compiled, by autograd": ([(relations, "GramCrossEntropy", ByAutograd)], True, False),
     "bfloat16, softmax in float32": ([], False, True),
     "the same, compiled": ([], True, True),
     "the same, compiled, L_p as attention": ([(relations.SelfRelationLoss, "spatial", attention)], True, True),
