@@ -10,6 +10,7 @@ a line says why it is more. What needs CUDA is skipped without it.
 import argparse
 import contextlib
 import functools
+import importlib.util
 import io
 import json
 import math
@@ -2488,6 +2489,38 @@ def test_bad_input_to_benchmark_gets_one_clear_line(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         benchmark.main([*SMALL, *flags.split()])
     assert message in str(stopped.value.code) + capsys.readouterr().err
+
+
+def load_result(name):
+    """A program of results/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "results" / f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_memory_is_counted_as_tensors_come_and_go():
+    count_memory = load_result("count_memory")
+    with count_memory.Peak() as memory:
+        a = torch.zeros(256)       # 1 KiB
+        b = a + 1                  # 2
+        view = b[:10]
+        del a, b                   # 1: the view keeps b's
+        c = view.new_zeros(512)    # 3
+        del view, c
+    assert (memory.most, memory.bytes) == (3 << 10, 0)
+    batches = [count_memory.peak(train.parse_args(f"--recipe demo --batch_size_per_gpu {number}".split())) for number in (8, 16, 24)]
+    close(batches[2] - batches[1], batches[1] - batches[0], rtol=0.05)    # so much an image, and networks and optimizer once
+
+
+def test_other_forms_of_the_relation_losses_are_the_same_losses():
+    """Before they are timed; which raises where one is another loss."""
+    forms = load_result("relation_forms")
+    args = train.parse_args("--recipe demo --overlap_global 5 --overlap_local 3".split())
+    forms.check(args)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="another loss"):
+        patch.setitem(forms.FORMS, "wrong", ([(relations, "cross_entropy", lambda targets, logits: -(targets * logits).sum(dim=-1)),
+                                              (relations, "GramCrossEntropy", forms.ByAutograd)], False, False))
+        forms.check(args)
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import benchmark
 import relations
 import train
+from data import on_device
 from distributed import Processes
 
 
@@ -99,6 +100,8 @@ def main():
     train.settle(args, processes.device)
     check(args)
     training = train.Training(args, processes, args.batch_size_per_gpu)
+    loader = train.build_loader(args, benchmark.Noise(), training.mask, processes)
+    training.step(0, on_device((views for views, _ in loader), processes.device))    # a step: then memory is at hand as it is in training
     best = dict.fromkeys(FORMS, float("inf"))
     for _ in tqdm(range(3), "rounds", disable=None):
         for name, (patches, args.compile, half) in FORMS.items():
