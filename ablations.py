@@ -7,7 +7,7 @@ B batch, V views, G global views, N patches, C channels, K outputs
 
 from baselines import IBOTLoss
 from distributed import average_over_processes
-from relations import SelfRelationLoss, channel_relation, cross_entropy, mean_over_overlaps, mean_over_pairs, stopped
+from relations import SelfRelationLoss, channel_relation, cross_entropy, mean_over_overlaps, mean_over_pairs, teacher_relation
 
 
 class DINOPlusLoss(IBOTLoss):
@@ -43,5 +43,5 @@ class BatchRelationLoss(SelfRelationLoss):
 
     def channel(self, teacher, student):
         t_teacher, t_student = self.teacher_temperatures[1], self.student_temperatures[1]
-        targets = [stopped(self.channel_relation(c1, t_teacher)) for c1 in teacher]
+        targets = [teacher_relation(self.channel_relation(c1, t_teacher)) for c1 in teacher]
         return mean_over_pairs(targets, (self.channel_relation(c2, t_student) for views in student for c2 in views))

@@ -6,7 +6,7 @@ An image's patch features r (C x N) are turned into how they relate to each othe
     r  ->  h: BatchNorm, ReLU  ->  [g: linear, BatchNorm, ReLU; student only]  ->  ⊙ (A_p only)  ->  Gram matrix  ->  softmax
 
 B batch, C channels, N = H * W patches (or sampled points), M relation heads (not the encoder's attention heads), G global views,
-V views of one resolution; q the teacher's view, v the student's. The paper's G(.), stop-gradient, is `stopped`.
+V views of one resolution; q the teacher's view, v the student's. The paper's G(.), stop-gradient, is detach() here.
 """
 
 import math
@@ -57,8 +57,8 @@ def cross_entropy(targets, logits):
     return -(targets * logits.log_softmax(dim=-1, dtype=torch.float32)).sum(dim=-1)
 
 
-def stopped(logits):
-    """G(A) of Eq. 3 and 5: the relation of a teacher, whom no gradient reaches. (..., N) -> (..., N)."""
+def teacher_relation(logits):
+    """G(A) of Eq. 3 and 5: the softmax of the teacher's logits, through which no gradient passes. (..., N) -> (..., N)."""
     return logits.detach().softmax(dim=-1, dtype=torch.float32)
 
 
@@ -67,15 +67,15 @@ def relation_cross_entropy(teacher_logits, student_logits):
 
     Both logits: (B, ..., N, N). Returns (B,). The plain form of what GramCrossEntropy computes.
     """
-    return cross_entropy(stopped(teacher_logits), student_logits).flatten(1).mean(dim=1)
+    return cross_entropy(teacher_relation(teacher_logits), student_logits).flatten(1).mean(dim=1)
 
 
 class GramCrossEntropy(torch.autograd.Function):
     """relation_cross_entropy of a student's relation xᵀx that is dropped at once, as its gradient is made in the forward pass:
 
-        ∂/∂x Σ_i CE(targets_i, (xᵀx)_i) = x (G + Gᵀ),    G = softmax(xᵀx) - targets
+        ∂/∂x Σ_i CE(targets_i, (xᵀx)_i) = x (D + Dᵀ),    D = softmax(xᵀx) - targets
 
-    apply(targets (B, ..., N, N), whose rows sum to 1, x (B, ..., D, N)) -> (B,). Autograd would keep two N x N matrices a view until
+    apply(targets (B, ..., N, N), whose rows sum to 1, x (B, ..., K, N)) -> (B,). Autograd would keep two N x N matrices a view until
     the backward pass, go over them twice as often, and multiply once more. No gradient reaches the targets.
     """
 
@@ -84,8 +84,8 @@ class GramCrossEntropy(torch.autograd.Function):
         log_A = (x.mT @ x).log_softmax(dim=-1, dtype=torch.float32)
         ctx.rows = log_A[0, ..., 0].numel()
         loss = -(targets * log_A).flatten(1).sum(dim=1) / ctx.rows
-        G = log_A.exp_().sub_(targets)
-        ctx.save_for_backward(x @ (G + G.mT))    # unscaled: half precision would lose what a mean leaves
+        D = log_A.exp_().sub_(targets)
+        ctx.save_for_backward(x @ (D + D.mT))    # not yet a mean's: half precision would lose what is that small
         return loss
 
     @staticmethod
@@ -207,7 +207,7 @@ class SelfRelationLoss(nn.Module):
         t_teacher, t_student = self.teacher_temperatures[0], self.student_temperatures[0]
 
         def eq3(p1, p2):    # (B, C, S * S), aligned -> (B,)
-            target = stopped(spatial_relation(p1, self.heads, t_teacher))
+            target = teacher_relation(spatial_relation(p1, self.heads, t_teacher))
             return GramCrossEntropy.apply(target, spatial_features(p2, self.heads, t_student))
 
         return mean_over_overlaps(eq3, teacher, student, boxes, self.overlap_global, self.overlap_local)
@@ -216,8 +216,8 @@ class SelfRelationLoss(nn.Module):
         """L_c, mean over all pairs and images; teacher: c of the global views (G, B, C, N), student: a list by resolution
         of g_c(c) (V, B, C, N). No alignment: A_c has no spatial axis."""
         t_teacher, t_student = self.teacher_temperatures[1], self.student_temperatures[1]
-        targets = [stopped(channel_relation(c1, t_teacher)) for c1 in teacher]                         # G times (B, C, C)
-        students = (channel_features(c2, t_student) for views in student for c2 in _each(views))           # V times (B, N, C)
+        targets = [teacher_relation(channel_relation(c1, t_teacher)) for c1 in teacher]    # G times (B, C, C)
+        students = (channel_features(c2, t_student) for views in student for c2 in _each(views))    # V times (B, N, C)
         return mean_over_pairs(targets, students, GramCrossEntropy.apply)    # Eq. 5
 
     def forward(self, teacher, student, boxes):
