@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -146,8 +148,10 @@ def count_flops(args):
     (forward), the student and the losses (forward and backward). Nothing is computed: all tensors are without memory."""
     args = argparse.Namespace(**vars(args) | {"init_from": None})
     numbers = [(2, args.global_crops_size), (args.local_crops_number, args.local_crops_size)]
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        baseline = train.build_baseline(args)
+    baseline = train.build_baseline(args)
+    unfilled = mock.patch.object(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)    # asks for values
+    plain = sdpa_kernel(SDPBackend.MATH)    # not one that computes some things twice
+    with unfilled, plain, FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
         student, teacher = train.build_networks(args, baseline)
         views = [torch.empty(number, args.batch_size_per_gpu, 3, size, size) for number, size in numbers if number]
         boxes = torch.empty(2 + args.local_crops_number, args.batch_size_per_gpu, 5)
@@ -255,7 +259,8 @@ def time_step(args, processes, steps, warmup_steps):
                 clock.milliseconds()
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-            outcome = training.step(step, batches)    # kept until the next, as in train.py
+            outcome = None    # room for the next, as in train.py
+            outcome = training.step(step, batches)
         spent = clock.milliseconds()
     if not outcome.terms.isfinite().all():
         raise FloatingPointError(f"the loss is {outcome.terms[0].item()}: no step to take the time of")

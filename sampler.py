@@ -40,8 +40,9 @@ def region_align(features, boxes, region, size):
     region: (B, 4), see `overlap`, or (B, R, 4), R of them in each view. Returns (B, C, size * size) or (B, R, C, size * size),
     cells row by row, left to right in the original image.
 
-    Bilinear weights on a grid are products of a row's and a column's: two products with small matrices, exact, and deterministic on
-    every device. Equals torchvision.ops.roi_align(sampling_ratio=1, aligned=True) of the region.
+    Bilinear weights on a grid are products of a row's and a column's, so that two products with small matrices, first of rows, then of
+    columns, are exact, and deterministic on every device; also under autocast, which would round twice. Equals
+    torchvision.ops.roi_align(sampling_ratio=1, aligned=True) of the region in the view, mirrored back.
     """
     if region.ndim == 2:
         return region_align(features, boxes, region[:, None], size).squeeze(1)
@@ -54,7 +55,8 @@ def region_align(features, boxes, region, size):
     x = torch.where(boxes[:, None, 4:5] > 0, 1 - x, x)
     rows = _interpolation_matrix(y * H - 0.5, H)                                    # (B, R, S, H); patch i covers [i, i + 1] / H
     columns = _interpolation_matrix(x * W - 0.5, W)                                 # (B, R, S, W)
-    maps = features.movedim(1, 3).flatten(2)                                        # (B, H, W * C), channels side by side as encoders leave them
-    maps = (rows.flatten(1, 2).to(maps.dtype) @ maps).unflatten(2, (W, -1))         # (B, R * S, W, C)
-    sampled = columns[:, :, None].to(maps.dtype) @ maps.unflatten(1, (-1, size))    # (B, R, S, S, C)
-    return sampled.flatten(2, 3).mT                                                 # (B, R, C, S * S)
+    rows, columns = rows.to(features.dtype), columns.to(features.dtype)
+    with torch.autocast(features.device.type, enabled=False):
+        lines = rows.flatten(1, 2) @ features.movedim(1, 3).flatten(2)              # (B, R * S, W * C); channels side by side, as encoders leave them
+        points = columns[:, :, None] @ lines.view(*rows.shape[:3], W, -1)           # (B, R, 1, S, W) @ (B, R, S, W, C) -> (B, R, S, S, C)
+    return points.flatten(2, 3).mT                                                  # (B, R, C, S * S)

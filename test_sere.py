@@ -238,32 +238,63 @@ def test_gram_cross_entropy_is_the_plain_form_and_keeps_no_relation(shape):
     (loss @ weight).backward()
     close(x.grad, torch.autograd.grad(expected @ weight, x)[0])
     assert teacher.grad is None
+    first, = torch.autograd.grad(relations.GramCrossEntropy.apply(targets, x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):    # and not a second derivative that is wrong
+        first.sum().backward()
 
 
-def test_half_precision_relations_are_noise_beside_half_precision_heads():
-    """On a GPU heads, ⊙ and Gram matrices are in bfloat16, softmax and cross-entropy in float32. Measured: losses 1.0e-4; gradients 1.7 % from
-    ⊙ and Gram matrices, 3.3 % from heads, 3.7 % from both."""
-    args, _, student, teacher = networks(["--global_crops_size", "64", "--local_crops_size", "32", "--overlap_global", "7"])
-    tokens = [torch.randn(number, 3, 1 + grid**2, 96).cumsum(dim=2) / grid for number, grid in ((2, 8), (2, 4))]    # neighbours are alike
-    boxes, loss = torch.stack([random_boxes(3) for _ in range(4)]), train.build_relation_loss(args)
+@pytest.mark.parametrize("kind", ["spatial", "channel"])
+def test_half_precision_relations_are_noise_beside_half_precision_heads(kind):
+    """At the shapes of a ViT-S/16, 2 x 224 + 4 x 96 pixels, with Gram matrices in bfloat16, ⊙, softmax and cross-entropy in float32. Measured, four
+    seeds, gradients: L_p 0.7 to 0.8 % from relations, 1.0 to 1.6 % from heads, 1.2 to 1.8 % from both; L_c 0.5 to 0.6 %, 2.0 to 4.5 %, 2.1 to 4.5 %."""
+    C, loss = 384, relations.SelfRelationLoss()
+    tokens = [torch.randn(number, 2, grid**2, C).cumsum(dim=2) / grid for number, grid in ((2, 14), (4, 6))]    # neighbours are alike
+    boxes = torch.stack([random_boxes(2) for _ in range(6)])
+    teacher, student = ([relations.RelationHead(C, predictor) for _ in tokens] for predictor in (False, True))
 
-    def gradients(heads, gram):
+    def outcome(half_heads, half_relations):
         leaves = [t.clone().requires_grad_() for t in tokens]
-        with torch.autocast("cpu", torch.bfloat16, enabled=heads):
-            outputs = [[[h(t[:, :, 1:].flatten(0, 1).mT).unflatten(0, (-1, 3)) for h, t in zip(getattr(n, kind), leaves)] for kind in ("spatial", "channel")]
-                       for n in (teacher, student)]
-        with torch.autocast("cpu", torch.bfloat16, enabled=gram):
-            terms = loss(*(model.Output(None, None, *output) for output in outputs), boxes)
-        return torch.stack(terms), torch.cat([g.flatten() for g in torch.autograd.grad(sum(terms), leaves)])
+        with torch.autocast("cpu", torch.bfloat16, enabled=half_heads):
+            taught, learned = ([h(t.flatten(0, 1).mT).unflatten(0, (-1, 2)) for h, t in zip(heads, leaves)] for heads in (teacher, student))
+        with torch.autocast("cpu", torch.bfloat16, enabled=half_relations):
+            value = loss.spatial(taught[0], learned, boxes) if kind == "spatial" else loss.channel(taught[0], learned)
+        assert value.dtype == torch.float32
+        return value.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(value, leaves)])
 
-    exact = gradients(False, False)
-    errors = {}
+    exact, errors = outcome(False, False), {}
     for precision in ((False, True), (True, False), (True, True)):
-        terms, gradient = gradients(*precision)
-        assert terms.dtype == torch.float32
-        close(terms, exact[0], rtol=5e-4)
+        value, gradient = outcome(*precision)
+        close(value, exact[0], rtol=5e-4)
         errors[precision] = (gradient - exact[1]).norm() / exact[1].norm()
-    assert errors[False, True] < 0.025 and errors[True, True] < 1.3 * errors[True, False] + 1e-3, errors
+    assert errors[False, True] < min(0.01, errors[True, False]) and errors[True, True] < 1.3 * errors[True, False], errors
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.005), (torch.float16, 0.001)])    # measured: 0.2 %, 0.02 %
+@pytest.mark.parametrize("scale", [1.5, 1e-3])    # logits of about 200 on the diagonal; and small gradients
+def test_relations_keep_their_gradient_in_half_precision(scale, dtype, tolerance):
+    """Softmax, cross-entropy and the mean over rows are not in half precision: there a peaked softmax's differences would round away, and
+    small means underflow."""
+    x, targets = scale * torch.randn(4, 96, 384), torch.randn(4, 384, 384).mul(4).softmax(dim=-1)
+
+    def outcome(x):
+        loss = relations.GramCrossEntropy.apply(targets, x.requires_grad_()).mean()
+        return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+    exact = outcome(x.clone())
+    with torch.autocast("cpu", dtype):
+        value, gradient = outcome(x.clone())
+    close(value, exact[0], rtol=tolerance)
+    assert (gradient - exact[1]).norm() < tolerance * exact[1].norm()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.005)])
+def test_relation_losses_take_features_of_any_precision(dtype, tolerance):
+    teacher, student, boxes = views_of_relations()
+    loss = relations.SelfRelationLoss(3, overlap_global=5, overlap_local=2)
+    for kind in (lambda t, s: loss.spatial(t, s, boxes), loss.channel):
+        other = [x.detach().to(dtype).requires_grad_() for x in student]
+        close(kind(teacher[0].detach().to(dtype), other).float(), kind(teacher[0], student).float(), rtol=tolerance)
+        assert all(g.dtype == dtype and g.isfinite().all() for g in torch.autograd.grad(kind(teacher[0].detach().to(dtype), other), other))
 
 
 def test_relations_of_identical_views_agree():
@@ -924,9 +955,9 @@ def test_resnet50_is_torchvisions_without_its_classifier():
     missing = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
     theirs.fc = nn.Identity()
-    images = torch.randn(2, 3, 64, 96)
+    images = torch.randn(2, 3, 64, 96).contiguous(memory_format=torch.channels_last)    # the kernels that ours takes for any images
     tokens = ours(images)
-    assert tokens.shape == (2, 1 + 2 * 3, 2048)
+    assert tokens.shape == (2, 1 + 2 * 3, 2048) and torch.equal(tokens, ours(images.contiguous()))
     close(tokens[:, 0], theirs(images), atol=1e-5)    # average pool
     close(tokens[:, 1:].mT.unflatten(-1, (2, 3)), create_feature_extractor(theirs, ["layer4"])(images)["layer4"], atol=1e-5)
     assert torch.equal(ours.norm(tokens), tokens) and torch.equal(ours.get_intermediate_layers(images, 1)[0], tokens)
@@ -2598,7 +2629,7 @@ def test_two_processes_of_B_equal_one_of_2B(folder, tmp_path):
         close(terms, expected_terms, rtol=1e-4)
         assert gradients.keys() == expected.keys() and kept.keys() == expected_kept.keys()
         for part in expected_kept:
-            close(kept[part], expected_kept[part], rtol=1e-4, atol=1e-5)
+            close(kept[part], expected_kept[part], rtol=1e-4, atol=1e-4 if name == "resnet50" else 1e-5)    # values around 1 after fifty batch norms
         # Sums over all patches in another order. In a ResNet's last stages a batch norm sees but 16 values, and 1 % of its gradients
         # is rounding: as much as between this batch norm and torch's in one process.
         # And what comes before a batch norm has biases whose gradient is rounding alone.

@@ -597,6 +597,7 @@ def train(args, processes, requests):
     processes.training = True
     stopping = stop_asked()
     while step < last_step and not stopping:
+        views = boxes = taught = None    # of the step before: room for this one's
         terms, views, boxes, taught = training.step(step, batches)
         if step == 0 and main_process:
             draw_views(output / "views.png", [v[:, :4].cpu() for v in views], boxes[:, :4].cpu(), (args.overlap_global, args.overlap_local))

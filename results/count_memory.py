@@ -1,9 +1,9 @@
-"""The memory of a training step, counted without a GPU: all tensors alive at once, in bf16 under autocast, on tensors that hold nothing.
+"""The memory of a training step, counted without a GPU: all tensors alive at once, under autocast, on tensors that hold nothing.
 
-    python results/count_memory.py --recipe resnet50 --data_path noise
+    python results/count_memory.py --recipe resnet50
 
-With train.py's flags; --batch_size_per_gpu above all. What a GPU needs besides is its libraries' work space and what is lost between blocks,
-so leave a gigabyte or two. Uncompiled; compiled it is less.
+With train.py's flags, of which --data_path, --compile and --grad_accum_steps change nothing here. A GPU needs its libraries' work space and
+what is lost between blocks besides: leave a gigabyte or two.
 """
 
 import sys
@@ -51,24 +51,30 @@ def peak(args):
     without_values = mock.patch.object(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)
     with without_values, FakeTensorMode(allow_non_fake_inputs=True), Peak() as memory:
         student, teacher = train.build_networks(args, baseline)
-        relation_loss, optimizer = train.build_relation_loss(args), torch.optim.AdamW(student.parameters())
+        relation_loss, adamw = train.build_relation_loss(args), args.optimizer == "adamw"
+        optimizer = torch.optim.AdamW(student.parameters()) if adamw else torch.optim.SGD(student.parameters(), momentum=0.9)
         numbers = ((2, args.global_crops_size), (args.local_crops_number, args.local_crops_size))
         views = [torch.empty(number, B, 3, size, size) for number, size in numbers if number]
         boxes = torch.empty(2 + args.local_crops_number, B, 5)
         mask = torch.empty(2, B, baseline.mask.grid**2, dtype=torch.bool) if baseline.mask else None
         for _ in range(2):    # the first makes the optimizer's state
-            with torch.autocast("cpu", torch.bfloat16):
-                with torch.no_grad():
-                    taught = teacher(views[:1], mask)
-                learned = student(views, mask)
-                relations = sum(relation_loss(taught, learned, boxes))
-            (relations + baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes)).backward()
-            del taught, learned, relations
-            optimizer.step()
-            optimizer.zero_grad()
+            step(student, teacher, baseline, relation_loss, optimizer, views, boxes, mask, args.precision != "fp32")
     return memory.most / 2**30
 
 
+def step(student, teacher, baseline, relation_loss, optimizer, views, boxes, mask, half):
+    """What Training.step holds: all it has made, to its end."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.no_grad():
+            taught = teacher(views[:1], mask)
+        learned = student(views, mask)
+        relations = sum(relation_loss(taught, learned, boxes))
+    loss = relations + baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 if __name__ == "__main__":
-    args = train.parse_args(sys.argv[1:])
-    print(f"{args.recipe}: {args.arch}, {args.batch_size_per_gpu} images a process: {peak(args):.1f} GiB")
+    args = train.parse_args(["--data_path", "none", *sys.argv[1:]])    # reads no images
+    print(f"{args.recipe}: {args.baseline}, {args.arch}, {args.batch_size_per_gpu} images a process, {'float32' if args.precision == 'fp32' else 'half precision'}: {peak(args):.1f} GiB")
