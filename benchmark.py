@@ -373,6 +373,8 @@ def main(argv=None):
         result = time_loader(args, processes) if own.loader else time_step(args, processes, own.steps, own.warmup_steps)
     except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         sys.exit(f"benchmark.py: error: {str(error).strip().splitlines()[-1]}")    # a loader's worker puts its stack before the message
+    except KeyboardInterrupt:
+        sys.exit(130)    # nothing to keep
     finally:
         processes.close()
     if result:

@@ -2504,6 +2504,16 @@ def test_benchmark_from_the_command_line(flags, folder, capsys, monkeypatch):
     assert (result["relations_ms"] == 0) == without_relations
 
 
+def test_ctrl_c_ends_a_benchmark_without_a_stack(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Training, "step", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main([*SMALL, "--steps", "1", "--warmup_steps", "1"])
+    assert stopped.value.code == 130
+
+
 def test_benchmark_of_the_loader(folder, capsys):
     result = benchmark.main([*SMALL, "--loader", "--data_path", str(folder)])
     assert result["pillow_ms"] < result["all_ms"] and result["ratio"] == pytest.approx(result["all_ms"] / result["pillow_ms"]) and result["images_per_s"] > 0
