@@ -42,6 +42,7 @@ class BatchRelationLoss(SelfRelationLoss):
         return average_over_processes(channel_relation(batch, temperature).float())
 
     def channel(self, teacher, student):
+        """L_c over all pairs of views, each relation that of a batch."""
         t_teacher, t_student = self.teacher_temperatures[1], self.student_temperatures[1]
         targets = [teacher_relation(self.channel_relation(c1, t_teacher)) for c1 in teacher]
         return mean_over_pairs(targets, (self.channel_relation(c2, t_student) for views in student for c2 in views))

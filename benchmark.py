@@ -145,24 +145,42 @@ def each(items, next_item):
 # --- what could be ----------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def without_memory():
+    """A time in which tensors have shapes and no numbers, so that nothing is computed."""
+    unfilled = mock.patch.object(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)    # asks for values
+    with unfilled, FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def build_gradients(args):
+    """(student, a function that gives it the gradients of a step and returns what a step holds meanwhile), for `without_memory`."""
+    B, numbers = args.batch_size_per_gpu, [(2, args.global_crops_size), (args.local_crops_number, args.local_crops_size)]
+    baseline, relation_loss = train.build_baseline(args), train.build_relation_loss(args)
+    student, teacher = train.build_networks(args, baseline)
+    views = [torch.empty(number, B, 3, size, size) for number, size in numbers if number]
+    boxes = torch.empty(2 + args.local_crops_number, B, 5)
+    mask = torch.empty(2, B, baseline.mask.grid**2, dtype=torch.bool) if baseline.mask else None
+
+    def gradients():
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision != "fp32"):
+            with torch.no_grad():
+                taught = teacher(views[:1], mask)
+            learned = student(views, mask)
+            relations = sum(relation_loss(taught, learned, boxes))
+        (relations + baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes)).backward()
+        return taught, learned
+
+    return student, gradients
+
+
 def count_flops(args):
     """Floating-point operations of one process's step, 2 a multiply-add: matrix products, convolutions and attention of the teacher
-    (forward), the student and the losses (forward and backward). Nothing is computed: all tensors are without memory."""
-    args = argparse.Namespace(**vars(args) | {"init_from": None})
-    numbers = [(2, args.global_crops_size), (args.local_crops_number, args.local_crops_size)]
-    baseline = train.build_baseline(args)
-    unfilled = mock.patch.object(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)    # asks for values
+    (forward), the student and the losses (forward and backward)."""
     plain = sdpa_kernel(SDPBackend.MATH)    # not one that computes some things twice
-    with unfilled, plain, FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-        student, teacher = train.build_networks(args, baseline)
-        views = [torch.empty(number, args.batch_size_per_gpu, 3, size, size) for number, size in numbers if number]
-        boxes = torch.empty(2 + args.local_crops_number, args.batch_size_per_gpu, 5)
-        mask = torch.empty(2, args.batch_size_per_gpu, baseline.mask.grid**2, dtype=torch.bool) if baseline.mask else None
-        with torch.no_grad():
-            taught = teacher(views[:1], mask)
-        learned = student(views, mask)
-        l_i = baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes)
-        (l_i + sum(train.build_relation_loss(args)(taught, learned, boxes))).backward()
+    with without_memory(), plain, FlopCounterMode(display=False) as counter:
+        _, gradients = build_gradients(argparse.Namespace(**vars(args) | {"init_from": None}))
+        gradients()
     return counter.get_total_flops() * args.grad_accum_steps
 
 

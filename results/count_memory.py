@@ -9,14 +9,13 @@ what is lost between blocks besides: leave a gigabyte or two.
 import sys
 import weakref
 from pathlib import Path
-from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import benchmark
 import train
 
 
@@ -46,33 +45,17 @@ class Peak(TorchDispatchMode):
 
 
 def peak(args):
-    """GiB of a step."""
-    baseline, B = train.build_baseline(args), args.batch_size_per_gpu
-    without_values = mock.patch.object(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)
-    with without_values, FakeTensorMode(allow_non_fake_inputs=True), Peak() as memory:
-        student, teacher = train.build_networks(args, baseline)
-        relation_loss, adamw = train.build_relation_loss(args), args.optimizer == "adamw"
-        optimizer = torch.optim.AdamW(student.parameters()) if adamw else torch.optim.SGD(student.parameters(), momentum=0.9)
-        numbers = ((2, args.global_crops_size), (args.local_crops_number, args.local_crops_size))
-        views = [torch.empty(number, B, 3, size, size) for number, size in numbers if number]
-        boxes = torch.empty(2 + args.local_crops_number, B, 5)
-        mask = torch.empty(2, B, baseline.mask.grid**2, dtype=torch.bool) if baseline.mask else None
+    """GiB of a step, to whose end all is held that its functions return."""
+    with benchmark.without_memory(), Peak() as memory:
+        student, gradients = benchmark.build_gradients(args)
+        parameters = student.parameters()
+        optimizer = torch.optim.AdamW(parameters) if args.optimizer == "adamw" else torch.optim.SGD(parameters, momentum=0.9)
         for _ in range(2):    # the first makes the optimizer's state
-            step(student, teacher, baseline, relation_loss, optimizer, views, boxes, mask, args.precision != "fp32")
+            held = gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+            del held
     return memory.most / 2**30
-
-
-def step(student, teacher, baseline, relation_loss, optimizer, views, boxes, mask, half):
-    """What Training.step holds: all it has made, to its end."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        with torch.no_grad():
-            taught = teacher(views[:1], mask)
-        learned = student(views, mask)
-        relations = sum(relation_loss(taught, learned, boxes))
-    loss = relations + baseline.loss(learned.embedding, taught.embedding, baseline.teacher_temp[0], boxes)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python results/relation_forms.py --batch_size_per_gpu 8
 
-With train.py's flags, of which --data_path, --precision and --compile change nothing here: images are noise, a row says the rest. A figure is the milliseconds of heads, losses and their backward pass, the mean of ten calls, the least of three rounds in turns.
+With train.py's flags, of which --data_path, --precision and --compile change nothing here: images are noise, a row says the rest. A figure
+is the milliseconds of heads, losses and their backward pass, the mean of ten calls, the least of three rounds in turns.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from data import on_device
 from distributed import Processes
 
 
-def pair_by_pair(targets, students, loss):
+def pair_by_pair(targets, students, loss=relations.cross_entropy):
     """mean_over_pairs with a loss a pair: no sum of targets."""
     terms = [loss(target, student).mean() for v, student in enumerate(students) for q, target in enumerate(targets) if q != v]
     return sum(terms) / len(terms)
