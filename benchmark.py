@@ -377,7 +377,7 @@ def parse_args(argv=None):
     own, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
         print(f"{parser.format_help()}\nFlags of train.py; --data_path is {NOISE} if not given:\n")
-    args = train.parse_args(rest if any(flag.split("=")[0] == "--data_path" for flag in rest) else ["--data_path", NOISE, *rest])
+    args = train.parse_args(rest if any(flag.split("=")[0] == "--data_path" for flag in rest) else ["--data_path", NOISE, *rest], "benchmark.py")
     if own.steps < 1 or own.warmup_steps < 1:
         parser.error("--steps and --warmup_steps must be at least 1")
     return own, args

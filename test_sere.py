@@ -2524,7 +2524,7 @@ def test_benchmark_of_the_loader(folder, capsys):
     ("--loader", "--loader needs images to decode: give --data_path"), ("--loader --data_path shapes", "--loader needs image files, and shapes has none"),
     ("--data_path nowhere", "nowhere is neither a folder nor one of"), ("--steps 0", "--steps and --warmup_steps must be at least 1"),
     ("--data_path shapes --batch_size_per_gpu 5000", "--epochs 3 of 10000 images are 6 steps, fewer than the 35 of --warmup_steps and --steps"),
-    ("--stps 3", "unrecognized arguments: --stps 3"),
+    ("--stps 3", "benchmark.py: error: unrecognized arguments: --stps 3"),
 ])
 def test_bad_input_to_benchmark_gets_one_clear_line(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -2562,6 +2562,28 @@ def test_other_forms_of_the_relation_losses_are_the_same_losses():
         patch.setitem(forms.FORMS, "wrong", ([(relations, "cross_entropy", lambda targets, logits: -(targets * logits).sum(dim=-1)),
                                               (relations, "GramCrossEntropy", forms.ByAutograd)], False, False))
         forms.check(args)
+
+
+def test_what_sere_adds_is_the_difference_of_steps_in_turns(monkeypatch, capsys):
+    share, now, turns = load_result("relation_share"), [0.0], []
+
+    def step(training, number, batches):    # 4 s with relation heads, 3 s without, and one of them disturbed
+        next(batches)
+        related = len(training.student.spatial) + len(training.student.channel) > 0
+        turns.append((number, related))
+        now[0] += 3 + related + 100 * (number == 1 and not related)
+
+    monkeypatch.setattr(train.Training, "step", step)
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(share, "STEPS", 3)
+    monkeypatch.setattr(share, "WARMUP_STEPS", 1)
+    monkeypatch.setattr(sys, "argv", ["relation_share.py", *SMALL])
+    share.main()
+    assert turns == [(number, related) for number in range(4) for related in (True, False)]
+    assert re.search(r"^difference +1000.0 ms, .* 25.0 %$", capsys.readouterr().out, re.MULTILINE)
+    monkeypatch.setattr(sys, "argv", ["relation_share.py", *SMALL, "--alpha", "0", "--beta", "0"])
+    with pytest.raises(SystemExit, match="both 0"):
+        share.main()
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

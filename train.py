@@ -80,12 +80,12 @@ NOT_TRAINING = {
     "output_dir", "overwrite", "num_workers", "max_steps", "checkpoint_steps", "knn_every", "log_every", "compile", "deterministic", "tensorboard",
 }
 
-USAGE = "train.py [--recipe NAME] [--data_path PATH] [--flag value ...]; --help lists the flags"
+USAGE = "%(prog)s [--recipe NAME] [--data_path PATH] [--flag value ...]; --help lists the flags"
 
 
-def parse_args(argv=None):
-    """The command line, checked; ends with one line and status 2 where it makes no sense."""
-    first = argparse.ArgumentParser(prog="train.py", usage=USAGE, add_help=False, allow_abbrev=False)
+def parse_args(argv=None, prog="train.py"):
+    """The command line, checked; ends with one line and status 2 where it makes no sense. prog: whose command line it is, for that line."""
+    first = argparse.ArgumentParser(prog=prog, usage=USAGE, add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=RECIPES)
     first.add_argument("--baseline")
     first.add_argument("--data_path")
@@ -93,7 +93,7 @@ def parse_args(argv=None):
     recipe = known.recipe or (known.baseline if known.baseline in RECIPES else "dino" if known.data_path else "demo")
 
     parser = argparse.ArgumentParser(
-        prog="train.py",
+        prog=prog,
         usage=USAGE,
         allow_abbrev=False,
         description=f"Self-supervised training of a Vision Transformer, or a ResNet-50, with SERE: L = L_I + alpha L_p + beta L_c (Eq. 6). "

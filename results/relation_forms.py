@@ -96,7 +96,7 @@ def check(args):
 
 
 def main():
-    args = train.parse_args(["--data_path", benchmark.NOISE, *sys.argv[1:]])
+    args = train.parse_args(["--data_path", benchmark.NOISE, *sys.argv[1:]], "relation_forms.py")
     if not (args.alpha and args.beta):
         sys.exit("relation_forms.py: error: --alpha and --beta must not be 0: L_p and L_c are what is timed")
     processes = Processes()
