@@ -5,8 +5,8 @@
     python benchmark.py --loader --data_path /path/to/imagenet     the loader alone, beside bare decoding
 
 The step and the loader are train.py's own, timed from outside. L_p and L_c are here with most of their backward pass (see
-relations.GramCrossEntropy), h and g in the student's forward pass. What SERE costs in all is the difference that --alpha 0 --beta 0 makes,
-or, less noisy but with all memory at hand, the line that measures it alone. Writes no file; the last line printed is a JSON object.
+relations.GramCrossEntropy), h and g in the student's forward pass. SERE is measured alone too, with all memory at hand; what it adds to
+a step, results/relation_share.py says. Writes no file; the last line printed is a JSON object.
 """
 
 import argparse
