@@ -1,4 +1,4 @@
-"""What SERE adds to a training step: steps with it and without it (--alpha 0 --beta 0), in turns in one process, on the same views.
+"""What SERE adds to a training step: steps with it and without it (--alpha 0 --beta 0), in turns in one process, always on the same batch.
 
     python results/relation_share.py --batch_size_per_gpu 8
 
