@@ -2565,13 +2565,14 @@ def test_other_forms_of_the_relation_losses_are_the_same_losses():
 
 
 def test_what_sere_adds_is_the_difference_of_steps_in_turns(monkeypatch, capsys):
-    share, now, turns = load_result("relation_share"), [0.0], []
+    share, now, turns, loss = load_result("relation_share"), [0.0], [], torch.zeros(4)
 
     def step(training, number, batches):    # 4 s with relation heads, 3 s without, and one of them disturbed
         next(batches)
         related = len(training.student.spatial) + len(training.student.channel) > 0
         turns.append((number, related))
         now[0] += 3 + related + 100 * (number == 1 and not related)
+        return argparse.Namespace(terms=loss)
 
     monkeypatch.setattr(train.Training, "step", step)
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
@@ -2582,7 +2583,11 @@ def test_what_sere_adds_is_the_difference_of_steps_in_turns(monkeypatch, capsys)
     assert turns == [(number, related) for number in range(4) for related in (True, False)]
     assert re.search(r"^difference +1000.0 ms, .* 25.0 %$", capsys.readouterr().out, re.MULTILINE)
     monkeypatch.setattr(sys, "argv", ["relation_share.py", *SMALL, "--alpha", "0", "--beta", "0"])
-    with pytest.raises(SystemExit, match="both 0"):
+    with pytest.raises(SystemExit, match="must not be 0"):
+        share.main()
+    loss += math.nan
+    monkeypatch.setattr(sys, "argv", ["relation_share.py", *SMALL])
+    with pytest.raises(SystemExit, match="the loss is nan"):
         share.main()
 
 

@@ -2,7 +2,7 @@
 
     python results/relation_share.py --batch_size_per_gpu 8
 
-With train.py's flags, of which --data_path changes nothing here: images are noise. What disturbs a shared machine disturbs both, while two
+With train.py's flags, of which --data_path changes nothing here: images are noise. One process. What disturbs a shared machine disturbs both, while two
 runs of benchmark.py differ by more than what is looked for.
 """
 
@@ -26,9 +26,12 @@ STEPS, WARMUP_STEPS = 20, 3
 def main():
     flags = ["--data_path", benchmark.NOISE, *sys.argv[1:]]
     args = train.parse_args(flags, "relation_share.py")
-    if not (args.alpha or args.beta):
-        sys.exit("relation_share.py: error: --alpha and --beta are both 0: there is nothing to leave out")
+    if not (args.alpha or args.beta) or not args.li_weight:
+        sys.exit("relation_share.py: error: it leaves SERE out of a method: --li_weight, and --alpha or --beta, must not be 0")
     processes, images, trainings = Processes(), benchmark.Noise(), {}
+    if processes.distributed:
+        processes.close()
+        sys.exit("relation_share.py: error: it is of one process: leave out torchrun")
     for name, rest in {"with SERE": [], "without": ["--alpha", "0", "--beta", "0"]}.items():
         its_args = train.parse_args(flags + rest, "relation_share.py")
         train.settle(its_args, processes.device)
@@ -40,8 +43,10 @@ def main():
     for step in tqdm(range(WARMUP_STEPS + STEPS), "pairs of steps, the first to warm up", disable=None):
         for name, training in trainings.items():
             clock.milliseconds()
-            training.step(step, batches)
+            terms = training.step(step, batches).terms
             ms[name].append(sum(clock.milliseconds().values()))
+            if not terms.isfinite().all():
+                sys.exit(f"relation_share.py: error: the loss is {terms[0].item()}: no step to take the time of")
     print(f"{args.recipe}: {args.arch}, {args.batch_size_per_gpu} images, {train.device_name(processes.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     related, plain = (times[WARMUP_STEPS:] for times in ms.values())
     for name, times in {"with SERE": related, "without": plain, "difference": [a - b for a, b in zip(related, plain)]}.items():
@@ -50,4 +55,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)    # nothing to keep
+    except OSError as error:
+        sys.exit(f"relation_share.py: error: {error}")
