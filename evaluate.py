@@ -426,6 +426,8 @@ def main(argv=None):
     except (OSError, ValueError, FloatingPointError) as error:
         who = f" (process {processes.rank})" if processes.size > 1 else ""    # an image may be unreadable for one of them
         sys.exit(f"evaluate.py: error{who}: {str(error).strip().splitlines()[-1]}")    # a loader's worker puts its stack before the message
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"evaluate.py: error: {str(error).splitlines()[0]} Lower --batch_size_per_gpu")
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped; what is trained goes on from its last whole epoch with the same command\n" if processes.rank == 0 else "")
         sys.exit(130)

@@ -2149,6 +2149,19 @@ def test_what_is_not_finite_is_named_and_saves_nothing(folder, tmp_path, monkeyp
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
+def test_a_gpu_without_memory_says_what_to_lower(folder, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "step", full)
+        assert "process 0: CUDA out of memory. Tried to allocate 20.00 GiB. Lower --batch_size_per_gpu 4; --grad_accum_steps" in fails(capsys, folder, tmp_path)
+    run(folder, tmp_path, "--max_steps", 1)
+    monkeypatch.setattr(evaluate, "extract_features", full)
+    with pytest.raises(SystemExit, match="Lower --batch_size_per_gpu"):
+        evaluate.main(["knn", "--pretrained_weights", f"{tmp_path}/backbone.pth", "--data_path", str(folder)])
+
+
 def test_three_epochs_step_by_step_by_hand(folder, tmp_path, monkeypatch):
     """All that main puts together, with no two settings alike, against plain code: which flag goes where, Eq. 6, accumulation,
     clipping, AdamW and its schedules, the moving average, the centre, the teacher's temperature, and whose features kNN looks at."""
@@ -2571,17 +2584,17 @@ def test_what_sere_adds_is_the_difference_of_steps_in_turns(monkeypatch, capsys)
         next(batches)
         related = len(training.student.spatial) + len(training.student.channel) > 0
         turns.append((number, related))
-        now[0] += 3 + related + 100 * (number == 1 and not related)
+        now[0] += 3 + related + 100 * (number == 1 and not related)    # s
         return argparse.Namespace(terms=loss)
 
     monkeypatch.setattr(train.Training, "step", step)
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(share, "STEPS", 3)
-    monkeypatch.setattr(share, "WARMUP_STEPS", 1)
+    monkeypatch.setattr(share, "TURNS", 3)
+    monkeypatch.setattr(share, "WARMUP_TURNS", 1)
     monkeypatch.setattr(sys, "argv", ["relation_share.py", *SMALL])
     share.main()
-    assert turns == [(number, related) for number in range(4) for related in (True, False)]
-    assert re.search(r"^difference +1000.0 ms, .* 25.0 %$", capsys.readouterr().out, re.MULTILINE)
+    assert turns == [(number, related) for number in range(4) for related in ((True, False), (False, True))[number % 2]]
+    assert re.search(r"^difference +1000.0 ± .* ms, +25.0 % ", capsys.readouterr().out, re.MULTILINE)
     monkeypatch.setattr(sys, "argv", ["relation_share.py", *SMALL, "--alpha", "0", "--beta", "0"])
     with pytest.raises(SystemExit, match="must not be 0"):
         share.main()

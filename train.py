@@ -712,6 +712,10 @@ def main(argv=None):
         if processes.rank == 0 or processes.training:    # before that, all processes fail alike
             sys.stderr.write(f"train.py: error: {str(error).strip().splitlines()[-1]}\n")    # a loader's worker puts its stack before it
         sys.exit(1)
+    except torch.OutOfMemoryError as error:    # any process's own
+        remedy = f"Lower --batch_size_per_gpu {args.batch_size_per_gpu}; --grad_accum_steps keeps the effective batch"
+        sys.stderr.write(f"train.py: error: process {processes.rank}: {str(error).splitlines()[0]} {remedy}\n")
+        sys.exit(1)
     finally:
         processes.close()
     if requests:

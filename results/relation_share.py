@@ -2,8 +2,8 @@
 
     python results/relation_share.py --batch_size_per_gpu 8
 
-With train.py's flags, of which --data_path changes nothing here: images are noise. One process. What disturbs a shared machine disturbs both, while two
-runs of benchmark.py differ by more than what is looked for.
+With train.py's flags, of which --data_path changes nothing here: images are noise. One process, and memory for both trainings. What disturbs a shared
+machine disturbs both, while two runs of benchmark.py differ by more than what is looked for; even so a CPU needs many turns, a quarter of an hour.
 """
 
 import itertools
@@ -20,7 +20,7 @@ import train
 from data import on_device
 from distributed import Processes
 
-STEPS, WARMUP_STEPS = 20, 3
+TURNS, WARMUP_TURNS = 60, 3    # of both
 
 
 def main():
@@ -40,18 +40,21 @@ def main():
     loader = train.build_loader(args, images, trainings["with SERE"].mask, processes)
     batches = itertools.cycle([next(on_device((views for views, _ in loader), processes.device))])
     clock, ms = benchmark.Clock(processes.device), {name: [] for name in trainings}
-    for step in tqdm(range(WARMUP_STEPS + STEPS), "pairs of steps, the first to warm up", disable=None):
-        for name, training in trainings.items():
+    length = 10 if clock.cuda else 1    # steps a turn, at whose end a GPU is waited for; a CPU is disturbed the less between two turns
+    for turn in tqdm(range(WARMUP_TURNS + TURNS), "turns, the first to warm up", disable=None):
+        for name in list(trainings)[:: (1, -1)[turn % 2]]:    # neither is always the first
             clock.milliseconds()
-            terms = training.step(step, batches).terms
-            ms[name].append(sum(clock.milliseconds().values()))
+            for step in range(length * turn, length * (turn + 1)):
+                terms = trainings[name].step(step, batches).terms
+            ms[name].append(sum(clock.milliseconds().values()) / length)
             if not terms.isfinite().all():
                 sys.exit(f"relation_share.py: error: the loss is {terms[0].item()}: no step to take the time of")
-    print(f"{args.recipe}: {args.arch}, {args.batch_size_per_gpu} images, {train.device_name(processes.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    related, plain = (times[WARMUP_STEPS:] for times in ms.values())
+    print(f"{args.recipe}: {args.arch}, {args.batch_size_per_gpu} images, alpha {args.alpha:g}, beta {args.beta:g}, {train.device_name(processes.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    related, plain = (times[WARMUP_TURNS:] for times in ms.values())
     for name, times in {"with SERE": related, "without": plain, "difference": [a - b for a, b in zip(related, plain)]}.items():
         low, median, high = statistics.quantiles(times)
-        print(f"{name:12s} {median:9.1f} ms, median of {STEPS} (quartiles {low:.1f} and {high:.1f}), {100 * median / statistics.median(related):5.1f} %")
+        error = 1.25 * (high - low) / 1.35 / TURNS**0.5    # of a median, with the quartiles' distance as 1.35 standard deviations
+        print(f"{name:12s} {median:9.1f} ± {error:.1f} ms, {100 * median / statistics.median(related):5.1f} %    (median of {TURNS}, its standard error; quartiles {low:.1f} and {high:.1f})")
 
 
 if __name__ == "__main__":
