@@ -40,7 +40,7 @@ def main():
     loader = train.build_loader(args, images, trainings["with SERE"].mask, processes)
     batches = itertools.cycle([next(on_device((views for views, _ in loader), processes.device))])
     clock, ms = benchmark.Clock(processes.device), {name: [] for name in trainings}
-    length = 10 if clock.cuda else 1    # steps a turn, at whose end a GPU is waited for; a CPU is disturbed the less between two turns
+    length = 10 if clock.cuda else 1    # steps a turn: at its end a GPU is waited for; on a CPU the shorter, the more alike what disturbs both
     for turn in tqdm(range(WARMUP_TURNS + TURNS), "turns, the first to warm up", disable=None):
         for name in list(trainings)[:: (1, -1)[turn % 2]]:    # neither is always the first
             clock.milliseconds()
