@@ -47,12 +47,18 @@ def spatial_features(features, heads, temperature):
     if C % heads:
         possible = [m for m in range(1, C + 1) if C % m == 0]
         raise ValueError(f"{C} channels can't be split into {heads} relation heads; possible: {possible}")
-    return features.unflatten(1, (heads, -1)).contiguous() / math.sqrt(math.sqrt(C // heads) * temperature)
+    return _for_products(features.unflatten(1, (heads, -1)).contiguous() / math.sqrt(math.sqrt(C // heads) * temperature))
 
 
 def channel_features(features, temperature):
     """c = featuresᵀ, both factors of Eq. 4's cᵀc / (H·W) / t_c scaled by the root: (B, C, N) -> (B, N, C)."""
-    return features.mT / math.sqrt(features.shape[-1] * temperature)
+    return _for_products(features.mT / math.sqrt(features.shape[-1] * temperature))
+
+
+def _for_products(x):
+    """x as autocast hands it to a matrix product; here once, and not anew for each product with x or xᵀ."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def cross_entropy(targets, logits):
@@ -84,11 +90,12 @@ class GramCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, targets, x):
-        log_A = (x.mT @ x).log_softmax(dim=-1, dtype=torch.float32)
+        logits = x.mT @ x
+        log_A = logits.log_softmax(dim=-1, dtype=torch.float32)
         ctx.rows = log_A[0, ..., 0].numel()
-        loss = -(targets * log_A).flatten(1).sum(dim=1) / ctx.rows
-        D = log_A.exp_().sub_(targets)
-        ctx.save_for_backward(x @ (D + D.mT).to(x.dtype))    # divided by the rows in backward: here, half precision would underflow
+        loss = -(targets * log_A).sum(dim=-1).flatten(1).sum(dim=1) / ctx.rows    # by rows, like the softmax: a compiler then joins the two
+        D = log_A.exp_().sub_(targets).to(logits.dtype)
+        ctx.save_for_backward(x @ (D + D.mT))    # divided by the rows in backward: here, half precision would underflow
         return loss
 
     @staticmethod
