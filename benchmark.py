@@ -142,6 +142,23 @@ def each(items, next_item):
         yield next_item(items)
 
 
+def check_schedule(training, steps):
+    """Raises OSError where a training's schedules do not last so many steps."""
+    if len(training.lr) < steps:
+        raise OSError(f"--epochs {training.args.epochs} are {len(training.lr)} steps, fewer than the {steps} to take the time of, the first to warm up")
+
+
+@contextlib.contextmanager
+def in_one_line(program):
+    """What goes wrong ends the program with one line, Ctrl-C with none: nothing would be lost."""
+    try:
+        yield
+    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        sys.exit(f"{program}: error: {str(error).strip().splitlines()[-1]}")    # a loader's worker puts its stack before the message
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 # --- what could be ----------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +172,7 @@ def without_memory():
 
 def build_gradients(args):
     """(student, a function that gives it the gradients of a step and returns what a step holds meanwhile), for `without_memory`."""
+    args = argparse.Namespace(**vars(args) | {"init_from": None})    # there are no weights to read a file into
     B, numbers = args.batch_size_per_gpu, [(2, args.global_crops_size), (args.local_crops_number, args.local_crops_size)]
     baseline, relation_loss = train.build_baseline(args), train.build_relation_loss(args)
     student, teacher = train.build_networks(args, baseline)
@@ -179,7 +197,7 @@ def count_flops(args):
     (forward), the student and the losses (forward and backward)."""
     plain = sdpa_kernel(SDPBackend.MATH)    # not one that computes some things twice
     with without_memory(), plain, FlopCounterMode(display=False) as counter:
-        _, gradients = build_gradients(argparse.Namespace(**vars(args) | {"init_from": None}))
+        _, gradients = build_gradients(args)
         gradients()
     return counter.get_total_flops() * args.grad_accum_steps
 
@@ -262,16 +280,16 @@ def relations_alone(args, training, device):
 def time_step(args, processes, steps, warmup_steps):
     """A table of a step's parts. Returns what the JSON line says."""
     flops, device = count_flops(args), processes.device
+    args.freeze_last_layer = 0    # a step of later epochs, in which the optimizer has the head's last layer too
     say = print if processes.rank == 0 else lambda *_: None
     train.settle(args, device)
     images = Noise() if args.data_path == NOISE else build_dataset(args.data_path, "train")
     training, clock = train.Training(args, processes, len(images)), Clock(device)
-    if len(training.lr) < warmup_steps + steps:
-        raise OSError(f"--epochs {args.epochs} of {len(images)} images are {len(training.lr)} steps, fewer than the {warmup_steps + steps} of --warmup_steps and --steps")
+    check_schedule(training, warmup_steps + steps)
     rate, bandwidth = matmul_rate(device, training.dtype), copy_rate(device)
     training.make_ready()
     loader = train.build_loader(args, images, training.mask, processes)
-    views = each((views for views, _ in each(loader, clock.timed("loader", next))), next)
+    views = (views for views, _ in each(loader, clock.timed("loader", next)))
     batches = each(on_device(views, device), clock.timed("transfer", next))
     with timed_step(clock, training):
         for step in tqdm(range(warmup_steps + steps), "steps, the first to warm up", disable=None if processes.rank == 0 else True):
@@ -284,6 +302,7 @@ def time_step(args, processes, steps, warmup_steps):
         spent = clock.milliseconds()
     if not outcome.terms.isfinite().all():
         raise FloatingPointError(f"the loss is {outcome.terms[0].item()}: no step to take the time of")
+    outcome = None    # room for relations_alone
     parts = {name: spent[name] / steps for name in PARTS}
     step_ms = sum(parts.values())
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else peak_resident()
@@ -319,6 +338,16 @@ def peak_resident():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if platform.system() == "Darwin" else 2**20)
 
 
+def readable(images, index):
+    """Whether an image can be decoded; training would pass over it, and its time would be another's."""
+    try:
+        images[index]
+    except OSError as error:
+        print(f"{error}; left out", file=sys.stderr)
+        return False
+    return True
+
+
 def time_loader(args, processes, rounds=5, most=100):
     """Milliseconds an image of the loader's work in one process, and of the loader's processes together. Returns what the JSON line says."""
     if args.data_path == NOISE:
@@ -328,13 +357,15 @@ def time_loader(args, processes, rounds=5, most=100):
     images = build_dataset(args.data_path, "train")
     if not hasattr(images, "path"):
         raise OSError(f"--loader needs image files, and {args.data_path} has none")
-    args.batch_size_per_gpu = min(args.batch_size_per_gpu, len(images))
+    args.batch_size_per_gpu, args.grad_accum_steps = min(args.batch_size_per_gpu, len(images)), 1
     loader = train.build_loader(args, images, train.build_baseline(args).mask, processes)
-    chosen = np.random.default_rng(0).permutation(len(images))[:most].tolist()
+    chosen = [index for index in np.random.default_rng(0).permutation(len(images))[:most].tolist() if readable(images, index)]
+    if not chosen:
+        raise OSError(f"none of {most} images of {args.data_path} can be read")
 
     def bare(index):
         with Image.open(images.path(index)) as image:
-            image.convert("RGB")
+            image.load() if image.mode == "RGB" else image.convert("RGB")
 
     work = {"Pillow": bare, "decode": images.__getitem__, "all": lambda index: loader.collate_fn([loader.dataset[0, index]])}
     best, threads = {name: np.full(len(chosen), np.inf) for name in work}, torch.get_num_threads()
@@ -388,11 +419,8 @@ def main(argv=None):
     own, args = parse_args(argv)
     processes = Processes()
     try:
-        result = time_loader(args, processes) if own.loader else time_step(args, processes, own.steps, own.warmup_steps)
-    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        sys.exit(f"benchmark.py: error: {str(error).strip().splitlines()[-1]}")    # a loader's worker puts its stack before the message
-    except KeyboardInterrupt:
-        sys.exit(130)    # nothing to keep
+        with in_one_line("benchmark.py"):
+            result = time_loader(args, processes) if own.loader else time_step(args, processes, own.steps, own.warmup_steps)
     finally:
         processes.close()
     if result:

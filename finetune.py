@@ -24,8 +24,8 @@ from optim import cosine_schedule, layer_groups
 
 
 def autocast(device):
-    """bf16 where the GPU has it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported())
+    """bf16 where the GPU has it, and does not emulate it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def loader_of(images, batch_size, num_workers, device, shuffle=False):

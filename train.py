@@ -692,11 +692,12 @@ def settle(args, device):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # read with the first matrix product
         torch.use_deterministic_algorithms(True)
     if args.precision == "auto":
-        args.precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
+        args.precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "fp32"
     if args.compile is None:
         args.compile = cuda
     if cuda:
-        torch.set_float32_matmul_precision("high")    # TF32 where autocast leaves float32: MoCo v3's similarities
+        # TF32, ten bits of mantissa, where autocast leaves float32: blur, ⊙, MoCo v3's similarities. --precision fp32 means what it says.
+        torch.set_float32_matmul_precision("highest" if args.precision == "fp32" else "high")
         torch.backends.cudnn.benchmark = not args.deterministic    # a ResNet's convolutions; shapes stay the same
 
 

@@ -60,4 +60,6 @@ def peak(args):
 
 if __name__ == "__main__":
     args = train.parse_args(["--data_path", "none", *sys.argv[1:]], "count_memory.py")    # reads no images
-    print(f"{args.recipe}: {args.baseline}, {args.arch}, {args.batch_size_per_gpu} images a process, {'float32' if args.precision == 'fp32' else 'half precision'}: {peak(args):.1f} GiB")
+    with benchmark.in_one_line("count_memory.py"):
+        gib = peak(args)
+    print(f"{args.recipe}: {args.baseline}, {args.arch}, {args.batch_size_per_gpu} images a process, {'float32' if args.precision == 'fp32' else 'half precision'}: {gib:.1f} GiB")

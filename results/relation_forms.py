@@ -99,10 +99,15 @@ def main():
     args = train.parse_args(["--data_path", benchmark.NOISE, *sys.argv[1:]], "relation_forms.py")
     if not (args.alpha and args.beta):
         sys.exit("relation_forms.py: error: --alpha and --beta must not be 0: L_p and L_c are what is timed")
+    if args.channel_relation == "batch":
+        sys.exit("relation_forms.py: error: it has no other forms of --channel_relation batch")
     processes = Processes()
+    if processes.distributed:
+        processes.close()
+        sys.exit("relation_forms.py: error: it is of one process: leave out torchrun")
     train.settle(args, processes.device)
     check(args)
-    training = train.Training(args, processes, args.batch_size_per_gpu)
+    training = train.Training(args, processes, len(benchmark.Noise()))
     loader = train.build_loader(args, benchmark.Noise(), training.mask, processes)
     training.step(0, on_device((views for views, _ in loader), processes.device))    # a step: then memory is at hand as it is in training
     best = dict.fromkeys(FORMS, float("inf"))
@@ -120,4 +125,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with benchmark.in_one_line("relation_forms.py"):
+        main()

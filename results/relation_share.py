@@ -35,12 +35,14 @@ def main():
     for name, rest in {"with SERE": [], "without": ["--alpha", "0", "--beta", "0"]}.items():
         its_args = train.parse_args(flags + rest, "relation_share.py")
         train.settle(its_args, processes.device)
+        its_args.freeze_last_layer = 0    # as in benchmark.py
         trainings[name] = train.Training(its_args, processes, len(images))
         trainings[name].make_ready()
     loader = train.build_loader(args, images, trainings["with SERE"].mask, processes)
     batches = itertools.cycle([next(on_device((views for views, _ in loader), processes.device))])
     clock, ms = benchmark.Clock(processes.device), {name: [] for name in trainings}
     length = 10 if clock.cuda else 1    # steps a turn: at its end a GPU is waited for; on a CPU the shorter, the more alike what disturbs both
+    benchmark.check_schedule(trainings["without"], length * (WARMUP_TURNS + TURNS))
     for turn in tqdm(range(WARMUP_TURNS + TURNS), "turns, the first to warm up", disable=None):
         for name in list(trainings)[:: (1, -1)[turn % 2]]:    # neither is always the first
             clock.milliseconds()
@@ -58,9 +60,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    with benchmark.in_one_line("relation_share.py"):
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)    # nothing to keep
-    except OSError as error:
-        sys.exit(f"relation_share.py: error: {error}")
