@@ -321,8 +321,8 @@ def time_step(args, processes, steps, warmup_steps):
     for name, ms in parts.items():
         say(f"  {name:12s} {ms:9.2f} ms  {100 * ms / step_ms:5.1f} %")
     say(f"  {'a step':12s} {step_ms:9.2f} ms         {result['images_per_s']:.1f} images/s")
-    say(f"of it SERE, measured alone (h, g, L_p, L_c, forward and backward): {relations_ms:.2f} ms, {100 * relations_ms / step_ms:.1f} %")
-    say(f"{flops / 1e12:.3f} TFLOP a process at {flops / step_ms / 1e9:.2f} TFLOP/s: {100 * result['mfu']:.1f} % of this device's matrix products, {rate / 1e12:.2f} TFLOP/s (MFU)")
+    say(f"SERE alone, its heads and backward pass too, which are in student and backward above: {relations_ms:.2f} ms, {100 * relations_ms / step_ms:.1f} %")
+    say(f"MFU {100 * result['mfu']:.1f} %: {flops / 1e12:.3g} TFLOP a process and step, {flops / step_ms / 1e9:.3g} TFLOP/s; matrix products alone reach {rate / 1e12:.3g} here")
     if bound:
         say(f"roofline: with {bandwidth / 1e9:.0f} GB/s of memory the blocks reach at most {100 * bound:.0f} %, if every operation reads and writes once")
     say(f"peak memory {peak:.2f} GiB{'' if device.type == 'cuda' else ' (the process)'}" if peak else "peak memory: not known here")

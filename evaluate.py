@@ -324,7 +324,7 @@ def resumable(args, encoder, size, indices):
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-USAGE = "evaluate.py {} --pretrained_weights FILE [--data_path PATH] [--flag value ...]; evaluate.py TASK --help lists the flags"
+USAGE = "evaluate.py {} --pretrained_weights FILE {} [--flag value ...]; evaluate.py TASK --help lists the flags"
 
 
 def parse_args(argv=None):
@@ -354,11 +354,11 @@ def parse_args(argv=None):
     flag(fitted, "drop_path_rate", "stochastic depth", 0.1, type=float)
     pooling = "the last block's mean patch {}; linear: for vit_base and vit_large if not given"
 
-    parser = argparse.ArgumentParser(prog="evaluate.py", allow_abbrev=False, usage=USAGE.format("|".join(TASKS)), description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="evaluate.py", allow_abbrev=False, usage=USAGE.format("|".join(TASKS), "--data_path PATH"), description=__doc__.split("\n")[0])
     tasks = parser.add_subparsers(dest="task", required=True)
 
     def task(name, help, *parents):
-        return tasks.add_parser(name, help=help, description=help, prog="evaluate.py", usage=USAGE.format(name), parents=parents, allow_abbrev=False)
+        return tasks.add_parser(name, help=help, description=help, prog="evaluate.py", usage=USAGE.format(name, "--output FILE" if name == "export" else "--data_path PATH"), parents=parents, allow_abbrev=False)
 
     knn = task("knn", "weighted k-nearest neighbours", data)
     flag(knn, "nb_knn", "k", [10, 20, 100, 200], type=int, nargs="+")

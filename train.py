@@ -359,7 +359,7 @@ class Training:
         self.effective_batch = args.batch_size_per_gpu * processes.size * args.grad_accum_steps
         self.steps_per_epoch = images // self.effective_batch
         if self.steps_per_epoch == 0:
-            raise OSError(f"{args.data_path} has {images} images, fewer than a batch of {self.effective_batch}; lower --batch_size_per_gpu")
+            raise OSError(f"{args.data_path} has {images} images, fewer than a batch of {self.effective_batch}; lower --batch_size_per_gpu to at most {images // (self.effective_batch // args.batch_size_per_gpu)}")
         torch.manual_seed(args.seed)
         baseline = build_baseline(args)
         try:
@@ -525,10 +525,10 @@ def train(args, processes, requests):
             shutil.rmtree(output / "tensorboard", ignore_errors=True)
         (output / "args.json").write_text(json.dumps(describe(args, processes, effective_batch, training.top_lr), indent=2) + "\n")
     log = Log(output / "log.jsonl", step, args.tensorboard) if main_process else None
-    kinds = f"{images.classes} classes" if len(labelled(images)) else "no labels"
+    kinds = f"{images.classes} classes; labels are for kNN only" if len(labelled(images)) else "no labels"
     summands = [(args.li_weight, f"L_I({args.baseline})"), (args.alpha, "L_p"), (args.beta, "L_c")]
     say(f"{args.recipe}: {args.arch}/{args.patch_size}, L = {' + '.join(f'{weight:g} {name}' for weight, name in summands if weight)}")
-    say(f"{len(images)} images of {args.data_path} ({kinds}, for kNN only)")
+    say(f"{len(images)} images of {args.data_path} ({kinds})")
     say(f"{processes.size} process(es) on {device.type}, {args.precision}{', compiled' if args.compile else ''}")
     say(f"{args.epochs} epochs of {steps_per_epoch} steps; effective batch {effective_batch}, learning rate {training.top_lr:.2g}; results go to {output}/")
     if step:
