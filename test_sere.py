@@ -2417,7 +2417,8 @@ def test_unreadable_images_are_counted_in_the_log(tmp_path, capsys):
 @pytest.mark.parametrize("flags, message", [
     ("--data_path nowhere", "nowhere is neither a folder nor one of"),
     ("--data_path {empty}", "no images below"),
-    ("--batch_size_per_gpu 999", "16 images, fewer than a batch of 999"),
+    ("--batch_size_per_gpu 999 --grad_accum_steps 3", "16 images, fewer than a batch of 2997; lower --batch_size_per_gpu to at most 5"),
+    ("--grad_accum_steps 17", "16 images, fewer than a batch of 68; take fewer processes or --grad_accum_steps"),
     ("--global_crops_scale 0.9 0.2", "--global_crops_scale must be two rising numbers"),
     ("--global_crops_size 30", "--global_crops_size 30 is not a multiple of --patch_size 8"),
     ("--relation_heads 7", "--arch vit_nano: 96 channels can't be split into 7 relation heads; possible: [1, 2, 3, 4, 6, 8"),

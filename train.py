@@ -359,7 +359,9 @@ class Training:
         self.effective_batch = args.batch_size_per_gpu * processes.size * args.grad_accum_steps
         self.steps_per_epoch = images // self.effective_batch
         if self.steps_per_epoch == 0:
-            raise OSError(f"{args.data_path} has {images} images, fewer than a batch of {self.effective_batch}; lower --batch_size_per_gpu to at most {images // (self.effective_batch // args.batch_size_per_gpu)}")
+            most = images // (processes.size * args.grad_accum_steps)
+            remedy = f"lower --batch_size_per_gpu to at most {most}" if most else "take fewer processes or --grad_accum_steps"
+            raise OSError(f"{args.data_path} has {images} images, fewer than a batch of {self.effective_batch}; {remedy}")
         torch.manual_seed(args.seed)
         baseline = build_baseline(args)
         try:
