@@ -1090,7 +1090,7 @@ def test_networks_and_losses_compile_without_a_graph_break_or_a_graph_an_epoch(f
 
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_relation_losses_equal_eager_ones():
-    """By torch.compile's own compiler and under autocast, as on a GPU: to what rounding in another order makes of half precision, 0.2 % measured."""
+    """By torch.compile's own compiler and under autocast, as on a GPU: to what rounding in another order makes of half precision. Measured, four seeds: gradients 0.3 to 0.4 %."""
     torch._dynamo.reset()
     teacher, student, boxes = views_of_relations(B=2, locals=1)
     loss = relations.SelfRelationLoss(3, overlap_global=5, overlap_local=2)
