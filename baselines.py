@@ -1,14 +1,14 @@
-"""L_I of Eq. 1: the methods that SERE is added to, each a head and a loss side by side.
+"""L_I of Eq. 1: the methods that SERE is added to, each a head (P) and a loss (R) side by side.
 
 DINO (Caron et al. 2021): the student predicts the teacher's soft cluster assignment of another view.
-iBOT (Zhou et al. 2022): and, of patches it does not see, the teacher's assignment of the same patch.
-MoCo v3 (Chen et al. 2021): the student tells its image from all others of the batch by the teacher's embedding of another view.
+iBOT (Zhou et al. 2022): also, of patches hidden from it, the teacher's assignment of the same patch.
+MoCo v3 (Chen et al. 2021): the student tells an image from all others of the batch by the teacher's
+embedding of another view.
 
-A head takes (summary, patches, mask): the class tokens of all views (V, B, C), after the encoder's final norm; of the first
-`head.patches` resolutions, global first, the patch tokens likewise (V, B, N, C); and which of the global views' patches the
-student does not see, (G, B, N) bool, or None. What it returns is its loss's to know.
-A loss is called with (student's, teacher's, teacher_temp, boxes=) and returns a scalar; call `update_center` once
-an optimizer step.
+A head is called with (tokens, mask): of each resolution, global first, tokens (V, B, 1 + N, C) after
+the encoder's final norm; and which patches of the global views are hidden from the student, (G, B, N)
+bool, or None. A loss is called with the outputs of the student's and the teacher's head, the teacher's
+temperature, and the boxes of all views. `update_center` follows each optimizer step.
 
 B batch, V views, G global views, N patches, C channels, K outputs (out_dim)
 """
@@ -18,19 +18,19 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
-from distributed import BatchNorm, average_over_processes, gather_from_processes, world
-from relations import cross_entropy, mean_over_pairs
+from support.distributed import BatchNorm, average_over_processes, gather_from_processes, world
 
 
 class Loss(nn.Module):
-    """What losses have in common, where there is nothing of their own to do."""
+    """What the losses have in common, for those that need no more."""
 
     def update_center(self):
-        """Called once an optimizer step."""
+        """Follow an optimizer step."""
 
     def diagnostics(self, teacher, teacher_temp):
-        """What the log says of the teacher's outputs, {name: number}. Entropies are in nats, at most ln K."""
+        """Return {name: number} about the teacher's outputs, for the log."""
         return {}
 
 
@@ -41,211 +41,228 @@ class NoLoss(Loss):
         return boxes.new_zeros(())
 
 
-# --- DINO -------------------------------------------------------------------------------------------------------------
+def mlp(*dims):
+    """Build linear layers with GELU between them, initialized as in DINO."""
+    layers = []
+    for in_dim, out_dim in zip(dims, dims[1:]):
+        layers += [nn.GELU()] if layers else []
+        layers += [nn.Linear(in_dim, out_dim)]
+        nn.init.trunc_normal_(layers[-1].weight, std=0.02)
+        nn.init.zeros_(layers[-1].bias)
+    return nn.Sequential(*layers)
+
+
+def unit_rows(in_dim, out_dim, fixed):
+    """Build a linear layer whose rows have length 1, for good (logits are cosines) or at first."""
+    layer = weight_norm(nn.Linear(in_dim, out_dim, bias=False))
+    length = nn.init.ones_(layer.parametrizations.weight.original0)    # (K, 1)
+    length.requires_grad_(not fixed)
+    return layer
+
+
+# --- DINO -----------------------------------------------------------------------------------------
 
 
 class DINOHead(nn.Module):
-    """3-layer MLP with GELU, a bottleneck, L2 normalisation, and a last layer whose rows are unit vectors times `scale`.
-
-    (..., in_dim) -> (..., out_dim). norm_last_layer keeps every scale at 1, so that logits are cosines; else scales are learned.
-    """
-
-    patches = 0
+    """3-layer MLP, a bottleneck of length 1, a last layer of K unit rows: (V, B, K) of class tokens."""
 
     def __init__(self, in_dim, out_dim, norm_last_layer=True, hidden_dim=2048, bottleneck_dim=256):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim)
-        )
-        self.last_layer = UnitRowLinear(bottleneck_dim, out_dim, learn_scale=not norm_last_layer)
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        self.mlp = mlp(in_dim, hidden_dim, hidden_dim, bottleneck_dim)
+        self.last_layer = unit_rows(bottleneck_dim, out_dim, norm_last_layer)
 
     def bottleneck(self, x):
         return F.normalize(self.mlp(x).float(), dim=-1)
 
-    def forward(self, summary, patches=(), mask=None):
-        return self.last_layer(self.bottleneck(summary))
+    def cls_outputs(self, tokens):
+        cls = torch.cat([t[:, :, 0] for t in tokens])               # (V, B, C)
+        return self.last_layer(self.bottleneck(cls))                # (V, B, K)
+
+    def forward(self, tokens, mask=None):
+        return self.cls_outputs(tokens)
 
 
-class UnitRowLinear(nn.Module):
-    """A linear layer with weight normalisation: row k is scale_k times a unit vector. Its state is plain parameters,
-    which compile, copy and synchronise like any other."""
+class Center(nn.Module):
+    """Running mean of the teacher's outputs, which keeps one cluster from taking all images.
 
-    def __init__(self, in_dim, out_dim, learn_scale):
-        super().__init__()
-        self.weight = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(out_dim, in_dim), a=5**0.5))
-        self.scale = nn.Parameter(torch.ones(out_dim, 1), requires_grad=learn_scale)    # (K, 1): weight decay reaches it, as in DINO and iBOT
-
-    def forward(self, x):
-        # What torch.nn.utils.parametrizations.weight_norm calls; F.normalize goes over the weights, 2^24 numbers in DINO, several times more.
-        return F.linear(x, torch._weight_norm(self.weight, self.scale, 0))
-
-
-class Assignment(Loss):
-    """Soft cluster assignments: softmax((output - centre) / temperature), the centre a running mean of outputs.
-
-    The centre and the teacher's temperature keep outputs from collapsing: one makes them uniform, the other peaked.
-    `assign` notes what it is given for the next `update_center`.
+    `add` notes a batch; `update` follows once an optimizer step, however many batches it had.
     """
 
-    def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
+    def __init__(self, out_dim, momentum=0.9):
         super().__init__()
-        self.student_temp, self.center_momentum = student_temp, center_momentum
-        self.register_buffer("center", torch.zeros(out_dim))
-        self.register_buffer("batch_sum", torch.zeros(out_dim), persistent=False)    # of the batches since the last update
+        self.momentum = momentum
+        self.register_buffer("value", torch.zeros(out_dim))
+        self.register_buffer("sum", torch.zeros(out_dim), persistent=False)
         self.register_buffer("batches", torch.zeros(()), persistent=False)
 
-    def targets(self, outputs, temperature):
-        """Teacher outputs (..., K) -> probabilities (..., K)."""
-        return ((outputs.detach().float() - self.center) / temperature).softmax(dim=-1)
-
-    def assign(self, outputs, temperature, mean=None):
-        """`targets`, and the outputs count for the centre; or their `mean` (K,) does, where they are not all."""
-        self.batch_sum += outputs.detach().float().flatten(0, -2).mean(dim=0) if mean is None else mean.detach().float()
+    def add(self, mean):
+        """Note the mean output (K,) of a batch."""
+        self.sum += mean.detach().float()
         self.batches += 1
-        return self.targets(outputs, temperature)
-
-    def predict(self, outputs):
-        """Student outputs (..., K) -> logits (..., K)."""
-        return outputs.float() / self.student_temp
-
-    def entropy(self, outputs, temperature):
-        """Mean entropy of the targets: 0 where they are peaked, ln K where they are uniform."""
-        return torch.special.entr(self.targets(outputs, temperature)).sum(dim=-1).mean().item()
 
     @torch.no_grad()
-    def update_center(self):
-        """center <- m center + (1 - m) mean of the outputs since the last call, over all processes."""
-        self.center.lerp_(average_over_processes(self.batch_sum / self.batches), 1 - self.center_momentum)
-        self.batch_sum.zero_()
+    def update(self):
+        """Apply center ← m center + (1 − m) mean, over all processes."""
+        mean = average_over_processes(self.sum / self.batches)
+        self.value.mul_(self.momentum).add_(mean, alpha=1 - self.momentum)
+        self.sum.zero_()
         self.batches.zero_()
 
 
-class DINOLoss(Assignment):
-    """Cross-entropy of the student's outputs with the teacher's centred and sharpened ones, over pairs of different views."""
+def assign(outputs, center, temperature):
+    """Turn the teacher's outputs (..., K) into cluster assignments, centered and sharpened."""
+    return ((outputs.detach().float() - center.value) / temperature).softmax(dim=-1)
+
+
+def cross_entropy(assignment, logits):
+    """Compare the student's logits (..., K) with the teacher's assignment: (...)."""
+    return -(assignment * logits.log_softmax(dim=-1)).sum(dim=-1)
+
+
+def entropy(assignment):
+    """Average the entropy of assignments, in nats: 0 if they are peaked, ln K if they are uniform."""
+    return torch.special.entr(assignment).sum(dim=-1).mean().item()
+
+
+class DINOLoss(Loss):
+    """Cross-entropy between the teacher's assignment and the student's outputs of another view."""
+
+    def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
+        super().__init__()
+        self.student_temp = student_temp
+        self.center = Center(out_dim, center_momentum)
 
     def forward(self, student, teacher, teacher_temp, boxes=None):
-        """student: (V, B, K), teacher: (G, B, K); views of the same index are the same view, and that pair is skipped.
+        """Average over pairs of views and images: student (V, B, K), teacher (G, B, K) -> scalar."""
+        self.center.add(teacher.flatten(0, 1).mean(dim=0))
+        assignment = assign(teacher, self.center, teacher_temp)     # (G, B, K)
+        logits = student.float() / self.student_temp                # (V, B, K)
+        loss, pairs = 0, 0
+        for q in range(len(teacher)):
+            for v in range(len(student)):
+                if v == q:    # the same view
+                    continue
+                loss = loss + cross_entropy(assignment[q], logits[v]).mean()
+                pairs += 1
+        return loss / pairs
 
-        Returns the mean over pairs and images, a scalar between 0 and about ln K.
-        """
-        return mean_over_pairs(self.assign(teacher, teacher_temp), map(self.predict, student))
+    def update_center(self):
+        self.center.update()
 
     def diagnostics(self, teacher, teacher_temp):
-        return {"teacher_temp": float(teacher_temp), "teacher_entropy": self.entropy(teacher, teacher_temp)}
+        teacher_entropy = entropy(assign(teacher, self.center, teacher_temp))
+        return {"teacher_temp": float(teacher_temp), "teacher_entropy": teacher_entropy}
 
 
-# --- iBOT -------------------------------------------------------------------------------------------------------------
+# --- iBOT -----------------------------------------------------------------------------------------
 
 
 class IBOTOutput(NamedTuple):
-    """What an IBOTHead gives."""
+    """Outputs of an IBOTHead. P: the most patches that can be hidden in a view."""
 
-    summary: torch.Tensor          # (V, B, K)
-    patches: list                  # by resolution, (V, B, N, K_patch); of masked views (G, B, most, K_patch), the masked patches first
-    masked: torch.Tensor = None    # (G, B, most) bool, which of these are masked
-    mean: torch.Tensor = None      # (K_patch,) the mean output of all patches
+    cls: torch.Tensor        # (V, B, K)
+    patches: torch.Tensor    # (G, B, P, K_patch), those of the hidden patches first
+    hidden: torch.Tensor     # (G, B, P) bool: which of them are; the others only keep shapes static
+    mean: torch.Tensor       # (K_patch,) of all patches, the teacher's; None for the student
 
 
 class IBOTHead(DINOHead):
-    """A DINOHead for class and patch tokens. patches: of how many resolutions it takes the patch tokens.
+    """A DINOHead for class tokens and for the patches that are hidden from the student.
 
-    patch_out_dim None: one last layer for both (shared); else patches have their own, of so many outputs. The MLP is shared always.
-    most: masked patches in a view, at most; only these have outputs, as no others are asked of the student. mean: give the mean output of
-    all patches too, for the teacher's centre.
+    patch_out_dim: of the patches' own last layer; None to share the one of the class tokens. most: P.
+    No other patch is given to the head: that is what makes a large K affordable.
     """
 
-    def __init__(self, in_dim, out_dim, norm_last_layer=True, patch_out_dim=None, patches=1, most=None, mean=False, **rest):
-        super().__init__(in_dim, out_dim, norm_last_layer, **rest)
-        self.patches, self.most, self.mean = patches, most, mean
-        self.patch_last_layer = None
-        if patch_out_dim:
-            self.patch_last_layer = UnitRowLinear(self.last_layer.weight.shape[1], patch_out_dim, learn_scale=not norm_last_layer)
+    def __init__(self, in_dim, out_dim, norm_last_layer=True, hidden_dim=2048, bottleneck_dim=256,
+                 patch_out_dim=None, most=None, teacher=False):
+        super().__init__(in_dim, out_dim, norm_last_layer, hidden_dim, bottleneck_dim)
+        self.most, self.teacher = most, teacher
+        own = patch_out_dim and unit_rows(bottleneck_dim, patch_out_dim, norm_last_layer)
+        self.patch_last_layer = own or self.last_layer
 
-    def forward(self, summary, patches, mask=None):
-        summary, last_layer = super().forward(summary), self.patch_last_layer or self.last_layer
-        if mask is None:
-            return IBOTOutput(summary, [last_layer(self.bottleneck(p)) for p in patches])
-        # As many in every view, so that shapes stay the same from step to step: the masked patches, then others that don't count.
-        masked, chosen = mask.int().sort(dim=-1, descending=True, stable=True)
-        masked, chosen = masked[..., : self.most].bool(), chosen[..., : self.most, None]    # (G, B, most), (G, B, most, 1)
-        if not self.mean:
-            return IBOTOutput(summary, [last_layer(self.bottleneck(patches[0].take_along_dim(chosen, dim=2)))], masked)
-        bottleneck = self.bottleneck(patches[0])    # of all; the last layer is linear, so it gives the mean output of the mean
-        return IBOTOutput(summary, [last_layer(bottleneck.take_along_dim(chosen, dim=2))], masked, last_layer(bottleneck.mean(dim=(0, 1, 2))))
+    def forward(self, tokens, mask):
+        patches, mean = tokens[0][:, :, 1:], None                            # (G, B, N, C)
+        hidden, index = mask.int().sort(dim=-1, descending=True, stable=True)
+        hidden, index = hidden[..., : self.most].bool(), index[..., : self.most, None]
+        if self.teacher:    # the last layer is linear: the mean of outputs is the output of the mean
+            bottleneck = self.bottleneck(patches)
+            mean = self.patch_last_layer(bottleneck.mean(dim=(0, 1, 2)))
+            bottleneck = bottleneck.take_along_dim(index, dim=2)
+        else:
+            bottleneck = self.bottleneck(patches.take_along_dim(index, dim=2))
+        return IBOTOutput(self.cls_outputs(tokens), self.patch_last_layer(bottleneck), hidden, mean)
 
 
 class IBOTLoss(DINOLoss):
-    """DINO's loss on class tokens, plus masked image modelling: cross-entropy with the teacher's assignment of each masked patch.
-
-    The two are averages over pairs of different views, and over the patches masked in the same view, with equal weights.
-    """
+    """DINO's loss on class tokens, plus cross-entropy on each hidden patch of the same view."""
 
     def __init__(self, out_dim, patch_out_dim, student_temp=0.1, center_momentum=0.9):
         super().__init__(out_dim, student_temp, center_momentum)
-        self.patches = Assignment(patch_out_dim, student_temp, center_momentum)
-        self.register_buffer("terms", torch.zeros(2), persistent=False)    # of this process's last batch, for the log
+        self.patch_center = Center(patch_out_dim, center_momentum)
+        self.register_buffer("terms", torch.zeros(2), persistent=False)    # of a batch, for the log
 
     def forward(self, student, teacher, teacher_temp, boxes=None):
-        """student, teacher: IBOTOutput, of the same mask. teacher_temp: (2,) for class and for patch tokens. boxes: (views, B, 5). A view
-        without masked patches counts as 0."""
-        summary_term = super().forward(student.summary, teacher.summary, teacher_temp[0])
-        patch_term = self.patch_loss(student, teacher, teacher_temp[1], boxes)
-        self.terms.copy_(torch.stack([summary_term, patch_term]).detach())
-        return summary_term + patch_term
+        """Add both terms, of IBOTOutputs for the same mask. teacher_temp: (2,), cls and patches."""
+        cls_term = super().forward(student.cls, teacher.cls, teacher_temp[0])
+        self.patch_center.add(teacher.mean)
+        assignment = assign(teacher.patches, self.patch_center, teacher_temp[1])        # (G, B, P, K)
+        losses = cross_entropy(assignment, student.patches.float() / self.student_temp)
+        losses = (losses * student.hidden).sum(dim=-1) / student.hidden.sum(dim=-1).clamp(min=1)
+        return self.note(cls_term, losses.mean())    # a view without hidden patches counts as 0
 
-    def patch_loss(self, student, teacher, teacher_temp, boxes):
-        targets = self.patches.assign(teacher.patches[0], teacher_temp, teacher.mean)    # (G, B, most, K)
-        ce = cross_entropy(targets, self.patches.predict(student.patches[0]))            # (G, B, most)
-        return ((ce * student.masked).sum(dim=-1) / student.masked.sum(dim=-1).clamp(min=1)).mean()
+    def note(self, cls_term, patch_term):
+        """Return the sum of the terms, and keep them for the log."""
+        self.terms.copy_(torch.stack([cls_term, patch_term]).detach())
+        return cls_term + patch_term
 
     def update_center(self):
         super().update_center()
-        self.patches.update_center()
+        self.patch_center.update()
 
     def diagnostics(self, teacher, teacher_temp):
-        return super().diagnostics(teacher.summary, teacher_temp[0]) | {
-            "teacher_patch_temp": float(teacher_temp[1]), "teacher_patch_entropy": self.patches.entropy(teacher.patches[0], teacher_temp[1]),
-            "L_I_summary": self.terms[0].item(), "L_I_patch": self.terms[1].item(),
+        patch_entropy = entropy(assign(teacher.patches, self.patch_center, teacher_temp[1]))
+        return self.describe(teacher.cls, teacher_temp, patch_entropy)
+
+    def describe(self, teacher_cls, teacher_temp, patch_entropy):
+        return super().diagnostics(teacher_cls, teacher_temp[0]) | {
+            "teacher_patch_temp": float(teacher_temp[1]), "teacher_patch_entropy": patch_entropy,
+            "L_I_cls": self.terms[0].item(), "L_I_patch": self.terms[1].item(),
         }
 
 
-# --- MoCo v3 ----------------------------------------------------------------------------------------------------------
+# --- MoCo v3 --------------------------------------------------------------------------------------
 
 
-def _moco_mlp(*dims):
-    """Linear layers without bias, each followed by BatchNorm and, but for the last, ReLU; the last BatchNorm has no scale and shift."""
+def moco_mlp(*dims):
+    """Build linear layers without bias, each with BatchNorm and ReLU; the last has no affine part."""
     layers = []
-    for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:])):
-        last = i == len(dims) - 2
-        layers += [nn.Linear(in_dim, out_dim, bias=False), BatchNorm(out_dim, affine=not last, track_running_stats=False)]
-        layers += [] if last else [nn.ReLU()]
+    for in_dim, out_dim in zip(dims[:-2], dims[1:]):
+        layers += [nn.Linear(in_dim, out_dim, bias=False), BatchNorm(out_dim), nn.ReLU()]
+    layers += [nn.Linear(*dims[-2:], bias=False), BatchNorm(dims[-1], affine=False)]
     return nn.Sequential(*layers)
 
 
 class MoCoHead(nn.Module):
-    """MoCo v3's MLPs for ViTs: a projector of 3 layers and, for the student, a predictor of 2. (V, B, in_dim) -> (V, B, out_dim).
+    """A projector of 3 layers and, for the student, a predictor of 2: (V, B, K) of class tokens.
 
     Batch statistics are those of one view, of all processes.
     """
 
-    patches = 0
-
     def __init__(self, in_dim, out_dim=256, predictor=True, hidden_dim=4096):
         super().__init__()
-        self.projector = _moco_mlp(in_dim, hidden_dim, hidden_dim, out_dim)
-        self.predictor = _moco_mlp(out_dim, hidden_dim, out_dim) if predictor else nn.Identity()
+        self.projector = moco_mlp(in_dim, hidden_dim, hidden_dim, out_dim)
+        self.predictor = moco_mlp(out_dim, hidden_dim, out_dim) if predictor else nn.Identity()
 
-    def forward(self, summary, patches=(), mask=None):
-        return torch.stack([self.predictor(self.projector(view)) for view in summary])
+    def forward(self, tokens, mask=None):
+        cls = torch.cat([t[:, :, 0] for t in tokens])               # (V, B, C)
+        return torch.stack([self.predictor(self.projector(view)) for view in cls])
 
 
 class MoCoLoss(Loss):
-    """InfoNCE: 2 τ times the cross-entropy of finding an image's key, the teacher's embedding of another view, among the keys of the
-    batches of all processes. Summed over both directions, as MoCo v3 does with its two views; with more views, twice the mean over pairs.
+    """InfoNCE: find the key of an image, the teacher's embedding of another view, among those of all
+    images of all processes. 2 τ times the cross-entropy, summed over the two directions of a pair.
+
+    With more than two views: twice the mean over pairs.
     """
 
     def __init__(self, temperature=0.2):
@@ -253,15 +270,16 @@ class MoCoLoss(Loss):
         self.temperature = temperature
 
     def forward(self, student, teacher, teacher_temp=None, boxes=None):
-        """student: (V, B, K), teacher: (G, B, K); the pair of the same view is skipped."""
-        B = student.shape[1]
-        rank, _ = world()
-        label = rank * B + torch.arange(B, device=student.device)
-        total, pairs = 0.0, 0
-        for q, keys in enumerate(F.normalize(teacher.float(), dim=-1)):
-            keys = gather_from_processes(keys)                                        # (processes * B, K)
-            for v, queries in enumerate(F.normalize(student.float(), dim=-1)):
-                if v != q:
-                    total = total + F.cross_entropy(queries @ keys.T / self.temperature, label)
-                    pairs += 1
-        return 2 * (2 * self.temperature * total / pairs)
+        """Average over pairs of views and images: student (V, B, K), teacher (G, B, K) -> scalar."""
+        B, tau = student.shape[1], self.temperature
+        label = world()[0] * B + torch.arange(B, device=student.device)
+        queries, keys = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
+        loss, pairs = 0, 0
+        for q in range(len(keys)):
+            all_keys = gather_from_processes(keys[q])               # (processes * B, K)
+            for v in range(len(queries)):
+                if v == q:
+                    continue
+                loss = loss + 2 * tau * F.cross_entropy(queries[v] @ all_keys.T / tau, label)
+                pairs += 1
+        return 2 * loss / pairs

@@ -1,19 +1,17 @@
-"""The encoder f, and the two networks that carry it: the student f₂ and its moving average, the teacher f₁ (Sec. 3.4).
+"""The encoder f, and the two networks that carry it: the student f₂ and its moving average f₁, the
+teacher (Sec. 3.4).
 
-A Vision Transformer with the parameter names of timm and DINO, and a ResNet-50 with torchvision's, so that weights travel both ways.
+A Vision Transformer whose parameters have the names of timm and DINO, so that weights travel both
+ways. ResNet-50 (Table 16) is in extras/resnet.py and is used in the same manner.
 
 B batch (images or views), V views, N patches, C channels (dim), M attention heads
 """
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models.resnet import Bottleneck, ResNet
-
-from distributed import BatchNorm
 
 
 class Attention(nn.Module):
@@ -23,17 +21,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def _qkv(self, x):
-        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # (3, B, M, 1 + N, C / M)
+    def split(self, x):
+        """Compute queries, keys and values: (B, 1 + N, C) -> 3 x (B, M, 1 + N, C / M)."""
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x):
-        """x: (B, 1 + N, C), and so is the result."""
-        q, k, v = self._qkv(x)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = self.split(x)
+        x = F.scaled_dot_product_attention(q, k, v)            # (B, M, 1 + N, C / M)
+        return self.proj(x.transpose(1, 2).flatten(2))         # (B, 1 + N, C)
 
     def attention_map(self, x):
-        """Who looks at whom: (B, M, 1 + N, 1 + N), rows sum to 1."""
-        q, k, _ = self._qkv(x)
+        """Compute who looks at whom: (B, 1 + N, C) -> (B, M, 1 + N, 1 + N), rows sum to 1."""
+        q, k, _ = self.split(x)
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
@@ -48,7 +47,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. With drop_path in training, each sample skips each of the two branches with that probability."""
+    """Pre-norm transformer block. In training a sample skips a branch with probability drop_path."""
 
     def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
@@ -58,54 +57,56 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
         self.drop_path = drop_path
 
-    def _drop(self, branch):
+    def drop(self, branch):
         if not self.training or self.drop_path == 0:
             return branch
-        # A tensor mask, not Python's random: a compiled graph would freeze the latter when it is traced.
+        # A tensor, not Python's random: a compiled graph would freeze the latter when it is traced.
         keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
         return branch * (keep / (1 - self.drop_path))
 
     def forward(self, x):
-        x = x + self._drop(self.attn(self.norm1(x)))
-        return x + self._drop(self.mlp(self.norm2(x)))
+        x = x + self.drop(self.attn(self.norm1(x)))
+        return x + self.drop(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
     def __init__(self, patch_size, dim):
         super().__init__()
-        self.patch_size = patch_size
         self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images):
-        """(B, 3, H, W) -> (B, N, C), row by row. Patches do not overlap, so that the convolution is a single matrix product; that is faster."""
-        p = self.patch_size
-        patches = images.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)    # (B, H / p, W / p, 3, p, p)
-        return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+        return self.proj(images).flatten(2).mT    # (B, N, C), row by row
 
 
-def _resize_matrix(old, new, like):
-    """(new, old): bicubic resizing of a row of `old` values to `new`, not antialiased. Applied as a product, its gradient is deterministic."""
-    eye = torch.eye(old, device=like.device)[None, None]
-    return F.interpolate(eye, size=(new, old), mode="bicubic", align_corners=False)[0, 0].to(like.dtype)
+def resize_matrix(old, new):
+    """Return the (new, old) matrix that resizes `old` values to `new`, bicubic.
+
+    As a product, unlike F.interpolate, resizing has a deterministic gradient on CUDA.
+    """
+    rows = torch.eye(old)[None, None]    # (1, 1, old, old)
+    return F.interpolate(rows, size=(new, old), mode="bicubic", align_corners=False)[0, 0]
 
 
 class VisionTransformer(nn.Module):
-    """ViT. image_size sets only the grid of the stored position embeddings: any size divisible by patch_size can be given.
+    """ViT. image_size only sets the grid of the stored position embeddings: any size will do.
 
-    masked: there is an embedding that stands in for masked patches (iBOT's student), under iBOT's name `masked_embed`.
-    Raises ValueError for an image whose sides patch_size does not divide.
+    masked: has an embedding that stands in for hidden patches, `masked_embed`, as iBOT's student.
     """
 
-    def __init__(self, image_size=224, patch_size=16, dim=384, depth=12, heads=6, drop_path_rate=0.0, masked=False):
+    def __init__(
+        self, image_size=224, patch_size=16, dim=384, depth=12, heads=6, drop_path_rate=0.0,
+        masked=False,
+    ):
         super().__init__()
-        self.patch_size, self.dim, self.depth, self.heads = patch_size, dim, depth, heads
-        self.grid = image_size // patch_size
+        self.image_size, self.patch_size = image_size, patch_size
+        self.dim, self.depth, self.heads = dim, depth, heads
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
-        rates = np.linspace(0, drop_path_rate, depth).tolist()    # stochastic depth grows with depth
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, dim))
+        rates = torch.linspace(0, drop_path_rate, depth).tolist()    # grow with depth
         self.blocks = nn.ModuleList([Block(dim, heads, rate) for rate in rates])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.masked_embed = nn.Parameter(torch.zeros(1, dim)) if masked else None
 
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -113,124 +114,102 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        if masked:
-            self.masked_embed = nn.Parameter(torch.zeros(1, dim))
-        # Shapes don't tell the heads, so a state dict carries them, where PyTorch keeps a module's version. Its keys are the plain ones.
-        self.register_state_dict_post_hook(lambda module, state, prefix, metadata: metadata.update(heads=module.heads))
 
-    def _position_embedding(self, height, width):
-        """(1, 1 + height * width, C), interpolated by size where the grid is another."""
-        if (height, width) == (self.grid, self.grid):
+    def position_embedding(self, height, width):
+        """Interpolate the position embeddings to a grid of patches: (1, 1 + height * width, C)."""
+        side = self.image_size // self.patch_size
+        if (height, width) == (side, side):
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, (self.grid, self.grid))    # (1, g, g, C)
-        rows = _resize_matrix(self.grid, height, grid)
-        columns = _resize_matrix(self.grid, width, grid)
+        grid = self.pos_embed[:, 1:].unflatten(1, (side, side))    # (1, side, side, C)
+        rows, columns = (resize_matrix(side, n).to(grid) for n in (height, width))
         grid = torch.einsum("hi,wj,bijc->bhwc", rows, columns, grid)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(1, 2)], dim=1)
 
     @torch.no_grad()
     def resize(self, image_size):
-        """Interpolate the stored position embeddings to the grid of another image size, for good."""
-        grid = image_size // self.patch_size
-        self.pos_embed = nn.Parameter(self._position_embedding(grid, grid).clone())
-        self.grid = grid
+        """Interpolate the stored position embeddings to another image size, for good."""
+        side = image_size // self.patch_size
+        self.pos_embed = nn.Parameter(self.position_embedding(side, side).clone())
+        self.image_size = image_size
 
-    def _embed(self, images, mask=None):
-        if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
-            raise ValueError(f"images of {images.shape[-2]}x{images.shape[-1]} can't be cut into patches of {self.patch_size}")
-        h, w = (side // self.patch_size for side in images.shape[-2:])
-        patches = self.patch_embed(images)                                                         # (B, N, C)
+    def embed(self, images, mask=None):
+        height, width = (side // self.patch_size for side in images.shape[-2:])
+        if images.shape[-2:] != (height * self.patch_size, width * self.patch_size):
+            size = f"{images.shape[-2]}x{images.shape[-1]}"
+            raise ValueError(f"images of {size} can't be cut into patches of {self.patch_size}")
+        x = self.patch_embed(images)                                                # (B, N, C)
         if mask is not None:
-            patches = torch.where(mask[..., None], self.masked_embed, patches)
-        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)           # (B, 1 + N, C)
-        return tokens + self._position_embedding(h, w)
+            x = torch.where(mask[..., None], self.masked_embed, x)
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), x], dim=1)       # (B, 1 + N, C)
+        return x + self.position_embedding(height, width)
 
     def forward(self, images, mask=None):
-        """images: (B, 3, H, W), normalised; mask: (B, N) bool, True where a patch is not to be seen. Returns tokens (B, 1 + N, C) before
-        the final norm: the class token, then the feature map row by row. Self-relations use the latter as it is; a summary of the
-        image is `norm(tokens)[:, 0]`."""
-        x = self._embed(images, mask)
+        """Encode images (B, 3, H, W), normalized, as tokens (B, 1 + N, C) before the final norm.
+
+        mask: (B, N) bool, True where a patch is hidden. The class token comes first, then the
+        feature map row by row. SERE relates the latter as it is, other uses want `norm(tokens)`.
+        Raises ValueError where patch_size does not divide a side.
+        """
+        x = self.embed(images, mask)
         for block in self.blocks:
             x = block(x)
         return x
 
-    def get_intermediate_layers(self, images, n):
-        """Tokens after each of the last n blocks, `norm` applied: a list of (B, 1 + N, C)."""
-        x = self._embed(images)
-        layers = []
-        for i, block in enumerate(self.blocks):
+    def get_intermediate_layers(self, images, n=1):
+        """Return the tokens after each of the last n blocks, `norm` applied: n x (B, 1 + N, C)."""
+        x, layers = self.embed(images), []
+        for block in self.blocks:
             x = block(x)
-            if i >= len(self.blocks) - n:
-                layers.append(self.norm(x))
-        return layers
+            layers.append(x)
+        return [self.norm(x) for x in layers[-n:]]
 
     def get_last_selfattention(self, images):
-        """The last block's attention map: (B, M, 1 + N, 1 + N)."""
-        x = self._embed(images)
+        """Return the attention map of the last block: (B, M, 1 + N, 1 + N)."""
+        x = self.embed(images)
         for block in self.blocks[:-1]:
             x = block(x)
         return self.blocks[-1].attn.attention_map(self.blocks[-1].norm1(x))
 
 
-class ResNet50(ResNet):
-    """torchvision's ResNet-50 without its classifier, in the manner of the VisionTransformer: `patch_size` is its stride,
-    tokens are the last stage's features, before them their mean. Any image size."""
-
-    def __init__(self, image_size=224):
-        super().__init__(Bottleneck, [3, 4, 6, 3], norm_layer=BatchNorm)
-        del self.fc
-        self.norm = nn.Identity()
-        self.patch_size, self.dim, self.depth, self.heads, self.grid = 32, 2048, 1, 0, image_size // 32    # depth: layers that get_intermediate_layers can give
-
-    def forward(self, images, mask=None):
-        """images: (B, 3, H, W), normalised. Returns (B, 1 + N, C): the mean feature, then the feature map row by row."""
-        if mask is not None:
-            raise ValueError("a ResNet has no mask embedding")
-        images = images.contiguous(memory_format=torch.channels_last)    # and so all features: 1.2 times as fast on a CPU
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        features = x.flatten(2).mT                                                                 # (B, N, C)
-        return torch.cat([features.mean(dim=1, keepdim=True), features], dim=1)
-
-    def get_intermediate_layers(self, images, n=1):
-        """[tokens]."""
-        return [self(images)]
-
-
-# Every dim but vit_nano's is timm's; nano is for the demo and the tests.
+# Every dim but vit_nano's is timm's; nano is for the demo and the tests. A ResNet has no heads.
 ARCHITECTURES = {
     "vit_nano": dict(dim=96, depth=4, heads=3),
     "vit_tiny": dict(dim=192, depth=12, heads=3),
     "vit_small": dict(dim=384, depth=12, heads=6),
     "vit_base": dict(dim=768, depth=12, heads=12),
     "vit_large": dict(dim=1024, depth=24, heads=16),
-    "resnet50": dict(dim=2048),
+    "resnet50": dict(dim=2048, depth=1, heads=0),
 }
 
 
 def build_encoder(arch, image_size=224, patch_size=16, drop_path_rate=0.0, masked=False, heads=None):
-    """An encoder of ARCHITECTURES by name, with other attention heads if told so. resnet50 takes the image size alone: it has no
-    patches, stochastic depth, masks or heads."""
-    if arch == "resnet50":
+    """Build an encoder of ARCHITECTURES by name, with other attention heads if given.
+
+    resnet50 takes the image size alone: it has no patches, stochastic depth, masks or heads.
+    """
+    shape = ARCHITECTURES[arch]
+    if not shape["heads"]:
+        from extras.resnet import ResNet50
         return ResNet50(image_size)
-    shape = ARCHITECTURES[arch] | ({"heads": heads} if heads else {})
-    return VisionTransformer(image_size, patch_size, drop_path_rate=drop_path_rate, masked=masked, **shape)
+    shape = shape | ({"heads": heads} if heads else {})
+    options = dict(drop_path_rate=drop_path_rate, masked=masked)
+    return VisionTransformer(image_size, patch_size, **shape, **options)
 
 
 class Output(NamedTuple):
-    """What a network makes of V views of each of B images; None or [] where it has no such head."""
+    """Outputs of a network for V views of each of B images."""
 
-    summary: torch.Tensor      # (V, B, C) class token after the final norm
-    embedding: object          # what `head` gives, P(r) of Eq. 1: (V, B, K), or a tuple of such
-    spatial: list              # by resolution, (V, B, C, N): p or g_p(p)
-    channel: list              # by resolution, (V, B, C, N): cᵀ or g_c(c)ᵀ
+    cls: torch.Tensor    # (V, B, C) class tokens after the final norm
+    embedding: object    # P(r) of Eq. 1, what the head makes of them; None without a head
+    p: list              # V times (B, N, C): h_p(r), the student's g_p(h_p(r)); [] without a head
+    c: list              # V times (B, N, C): h_c(r), the student's g_c(h_c(r)); [] without a head
 
 
 class Network(nn.Module):
     """An encoder and its heads: the student (all views) or the teacher (global views).
 
-    head: of baselines.py, for L_I, or None. spatial, channel: a relation head, (B, C, N) -> (B, C, N), for each
-    resolution, or none. The encoder is called `backbone`, as in DINO's checkpoints.
+    head: of baselines.py, for L_I, or None. spatial, channel: a RelationHead for each resolution, or
+    none. The encoder is called `backbone`, as in DINO's checkpoints.
     """
 
     def __init__(self, backbone, head=None, spatial=(), channel=()):
@@ -238,37 +217,35 @@ class Network(nn.Module):
         self.backbone, self.head = backbone, head
         self.spatial, self.channel = nn.ModuleList(spatial), nn.ModuleList(channel)
         if head is None:
-            backbone.norm.requires_grad_(False)    # only what is embedded passes through it: it would wait for a gradient in vain
+            backbone.norm.requires_grad_(False)    # no loss sees it: DDP would wait for a gradient
 
     def forward(self, views, mask=None):
-        """views: a list by resolution, global first, of images (V, B, 3, H, W); each resolution is one batch for the encoder.
-        mask: (G, B, N) bool, patches of the global views, or None: those that the head is asked of, and hidden from an encoder that can mask
-        (the student's)."""
-        B = views[0].shape[1]
-        hidden = mask.flatten(0, 1) if mask is not None and hasattr(self.backbone, "masked_embed") else None
-        masks = [hidden] + [None] * (len(views) - 1)
-        tokens = [self.backbone(images.flatten(0, 1), m) for images, m in zip(views, masks)]    # (V * B, 1 + N, C)
-        summaries, patches = zip(*(t.split([1, t.shape[1] - 1], dim=1) for t in tokens))
-        summary = self.backbone.norm(torch.cat(summaries).squeeze(1)).unflatten(0, (-1, B))     # (V, B, C), of all resolutions
-        embedding = None
-        if self.head is not None:
-            embedding = self.head(summary, [self.backbone.norm(p).unflatten(0, (-1, B)) for p in patches[: self.head.patches]], mask)
-        related = len(self.spatial) or len(self.channel)
-        features = [p.contiguous().mT for p in patches] if related else []                      # (V * B, C, N): r, before the final norm
+        """Encode views, a list by resolution, global first, of (V, B, 3, S, S); return an Output.
+
+        mask: (G, B, N) bool, patches of the global views that an encoder with a `masked_embed` does
+        not see; the teacher's head answers for them. Each resolution is one batch for the encoder.
+        """
+        B, masks = views[0].shape[1], [None] * len(views)
+        if mask is not None and self.backbone.masked_embed is not None:
+            masks[0] = mask.flatten(0, 1)
+        tokens = [self.backbone(x.flatten(0, 1), m) for x, m in zip(views, masks)]
+        tokens = [t.unflatten(0, (-1, B)) for t in tokens]      # by resolution (V, B, 1 + N, C)
+        normed = [self.backbone.norm(t) for t in tokens]
+        r = [t[:, :, 1:] for t in tokens]                       # by resolution (V, B, N, C)
         return Output(
-            summary=summary,
-            embedding=embedding,
-            spatial=[h(r).unflatten(0, (-1, B)) for h, r in zip(self.spatial, features)],
-            channel=[h(r).unflatten(0, (-1, B)) for h, r in zip(self.channel, features)],
+            cls=torch.cat([t[:, :, 0] for t in normed]),
+            embedding=None if self.head is None else self.head(normed, mask),
+            p=[view for h, x in zip(self.spatial, r) for view in h(x)],
+            c=[view for h, x in zip(self.channel, r) for view in h(x)],
         )
 
 
 @torch.no_grad()
 def update_teacher(student, teacher, momentum):
-    """θ₁ <- λθ₁ + (1 - λ)θ₂ for every parameter of the teacher, matched by name.
+    """Update θ₁ ← λθ₁ + (1 − λ)θ₂ for every parameter of the teacher, matched by name.
 
-    Raises KeyError where the student lacks one. Buffers stay each network's own.
+    momentum: λ. Raises KeyError where the student lacks a parameter. Buffers stay each network's own.
     """
-    theta2 = dict(student.named_parameters())
-    theta1 = dict(teacher.named_parameters())
-    torch._foreach_lerp_(list(theta1.values()), [theta2[name] for name in theta1], 1 - momentum)
+    student = dict(student.named_parameters())
+    for name, theta_1 in teacher.named_parameters():
+        theta_1.mul_(momentum).add_(student[name], alpha=1 - momentum)

@@ -2304,7 +2304,7 @@ def test_recipes_have_their_papers_settings():
     def settings(recipe, **expected):
         args = train.parse_args(["--recipe", recipe, "--data_path", "x"])
         assert {name: getattr(args, name) for name in expected} == expected
-        assert train.build_baseline(args).teacher_temp[-1].tolist() == pytest.approx(([0.07, 0.07] if "ibot" in recipe else 0.04))
+        assert train.build_baseline(args).teacher_temp[-1].tolist() == pytest.approx([0.07, 0.07] if "ibot" in recipe else 0.04)
 
     ibot = dict(
         baseline="ibot", alpha=0.2, beta=0.5, li_weight=1.0, out_dim=8192, shared_head=True, teacher_temp=0.07, teacher_patch_temp=0.07, warmup_teacher_temp=0.04,

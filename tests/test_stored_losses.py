@@ -4,16 +4,14 @@ Parameters, views and boxes are pseudo-random numbers that no generator of PyTor
 survive any change of the order in which weights are initialized.
 """
 
-import functools
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-import baselines
 import train
-from distributed import Processes
+from support.options import parse_train_args
 
 STORED = json.loads((Path(__file__).parent / "stored_losses.json").read_text())
 
@@ -72,39 +70,35 @@ def fill(network, seed):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_and_gradients_are_the_stored_ones(variant, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("DINOHead", "IBOTHead", "MoCoHead"):
-        monkeypatch.setattr(train, name, functools.partial(getattr(baselines, name), hidden_dim=64))
-    args = train.parse_args(SMALL + VARIANTS[variant].split())
-    processes = Processes()
-    train.settle(args, processes.device)
-    training = train.Training(args, processes, 64)
-    fill(training.student, 0)
-    fill(training.teacher, 0.37)
+    args = parse_train_args(SMALL + VARIANTS[variant].split() + ["--hidden_dim", "64"])
+    student, teacher = train.build_networks(args)
+    embedding_loss, relation_loss = train.build_embedding_loss(args), train.build_relation_loss(args)
+    fill(student, 0)
+    fill(teacher, 0.37)
     B, L = args.batch_size_per_gpu, args.local_crops_number
     sizes = [(2, args.global_crops_size), (L, args.local_crops_size)]
     views = [noise((number, B, 3, size, size), 5 + size) for number, size in sizes if number]
     corner, side = 0.25 + 0.25 * noise((2 + L, B, 2), 1), 0.35 + 0.15 * noise((2 + L, B, 2), 2)
     boxes = torch.cat([corner, corner + side, (noise((2 + L, B, 1), 3) > 0).float()], dim=-1)
-    mask = None
-    if training.mask:
-        mask = noise((2, B, (args.global_crops_size // args.patch_size) ** 2), 4) > 0.6
-        mask[0, 0] = False
+    mask = noise((2, B, (args.global_crops_size // args.patch_size) ** 2), 4) > 0.6
+    mask[0, 0] = False
 
     for _ in range(2):    # the second with a center that is not 0
         with torch.no_grad():
-            taught = training.teacher(views[:1], mask)
-        learned = training.student(views, mask)
-        l_p, l_c = training.relation_loss(taught, learned, boxes)
-        l_i = training.embedding_loss(learned.embedding, taught.embedding, training.teacher_temp[0], boxes)
-        loss = args.li_weight * l_i + args.alpha * l_p + args.beta * l_c
-        if args.li_weight:
-            training.embedding_loss.update_center()
+            t = teacher(views[:1], mask)
+        s = student(views, mask)
+        temp = train.teacher_temperatures(args)[0]
+        L_I = embedding_loss(s.embedding, t.embedding, temp, boxes)
+        L_p, L_c = relation_loss(t.p, t.c, s.p, s.c, boxes)
+        loss = args.li_weight * L_I + args.alpha * L_p + args.beta * L_c
+        embedding_loss.update_center()
     loss.backward()
 
     stored = STORED[variant]
     # float32 rounding of sums in another order, through a network and a peaked softmax
-    torch.testing.assert_close([x.item() for x in (loss, l_i, l_p, l_c)], stored["terms"], rtol=1e-5, atol=1e-6)
-    gradients = {key: parameter.grad for key, _, parameter in keyed(training.student) if parameter.grad is not None}
+    terms = [x.item() for x in (loss, L_I, L_p, L_c)]
+    torch.testing.assert_close(terms, stored["terms"], rtol=1e-5, atol=1e-6)
+    gradients = {key: p.grad for key, _, p in keyed(student) if p.grad is not None}
     assert gradients.keys() == stored["gradients"].keys()
     largest = max(norm for norm, _ in stored["gradients"].values())
     for key, (norm, product) in stored["gradients"].items():

@@ -1,0 +1,178 @@
+"""Fine-tuning for classification (Tables 1, 4, 5), with all or few labels: `evaluate.py finetune`.
+
+The recipe is MAE's and iBOT's: AdamW with layer-wise decay, warm-up, a cosine; RandAugment, random
+erasing, mixup, cutmix, label smoothing, stochastic depth.
+
+B images of a process's batch, C channels of the encoder, K classes
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
+
+from augment import normalize
+from data import labelled
+from evaluate import build_labelled
+from support.distributed import sum_over_processes, world
+from support.errors import UserError
+from support.fit import Augmented, TrainingBatches, fit, resumable, seed_everything
+from support.inputs import autocast, share_loader, to_input
+from support.optim import cosine_schedule, layer_groups
+
+
+class Classifier(nn.Module):
+    """Images (B, 3, H, W), normalized -> logits (B, K), linear in the class token after the final
+    norm, or in the mean patch."""
+
+    def __init__(self, encoder, classes, mean_patch=False):
+        super().__init__()
+        self.encoder, self.mean_patch = encoder, mean_patch
+        self.head = nn.Linear(encoder.dim, classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)    # MAE's: the encoder is to change it first
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images):
+        tokens = self.encoder.norm(self.encoder(images))
+        return self.head(tokens[:, 1:].mean(dim=1) if self.mean_patch else tokens[:, 0])
+
+
+def fit_encoder(model, loss, batches, args, device, path, arguments):
+    """Train a model, which has an `encoder` and a `head`, by AdamW with layer-wise decay.
+
+    loss: (model, images float (B, 3, S, S) in [0, 1], targets) -> scalar. args: epochs,
+    warmup_epochs, lr (per 256 images), min_lr, layer_decay, weight_decay, seed.
+    """
+    top_lr = args.lr * batches.batch_size * world()[1] / 256
+    steps, warmup = args.epochs * batches.steps, args.warmup_epochs * batches.steps
+    rates = cosine_schedule(top_lr, min(args.min_lr, top_lr), steps, warmup).tolist()
+    groups = layer_groups(model.encoder, model.head, args.layer_decay, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=top_lr)
+    network = DistributedDataParallel(model) if world()[1] > 1 else model
+    model.train()
+
+    def step(number, batch):
+        images, targets = (x.to(device, non_blocking=True) for x in batch)
+        seed_everything(args.seed, number, world()[0])    # mixing, stochastic depth
+        for group in optimizer.param_groups:
+            group["lr"] = rates[number] * group["scale"]
+        with autocast(device):
+            value = loss(network, images.float() / 255, targets)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    fit(step, {"model": model, "optimizer": optimizer}, batches, args.epochs, path, arguments)
+    model.eval()
+
+
+def augmentation(size):
+    """Return the transform uint8 image -> uint8 (3, size, size) of the recipe."""
+    return v2.Compose([
+        v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC, antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.RandAugment(num_ops=2, magnitude=9, interpolation=InterpolationMode.BILINEAR),
+        v2.RandomErasing(p=0.25),
+    ])
+
+
+def classification_loss(classes, smoothing, mixup, cutmix):
+    """Return the loss of images mixed by mixup or cutmix, each as likely, with smoothed labels.
+
+    mixup, cutmix: alpha of their Beta(alpha, alpha) shares; 0 leaves either out.
+    """
+    mixes = [mix(alpha=alpha, num_classes=classes)
+             for mix, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
+    mix = v2.RandomChoice(mixes) if mixes else lambda images, labels: (images, labels)
+
+    def loss(model, images, labels):
+        images, targets = mix(normalize(images), labels)
+        return F.cross_entropy(model(images).float(), targets, label_smoothing=smoothing)
+
+    return loss
+
+
+def training_share(images, fraction, seed):
+    """Return the indices of a fraction of each class's images, one at least, drawn with the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    order = labelled(images)[torch.randperm(len(labelled(images)), generator=generator)]
+    share = []
+    for label in range(images.classes):
+        of_class = order[images.labels[order] == label]
+        share += of_class[: max(1, round(fraction * len(of_class)))].tolist()
+    return sorted(share)
+
+
+def listed_share(images, names):
+    """Return the indices of the images in a list of names, as the published 1 % and 10 % lists.
+
+    A name is `n01440764_10026.JPEG`, with a folder before it where that alone is not unique. Raises
+    UserError where the list has none, one twice, one that is not there, or that could be several.
+    """
+    if not hasattr(images, "path"):
+        raise UserError("--train_list wants a folder of images")
+    where = {}
+    for i in labelled(images).tolist():
+        parts = Path(images.path(i)).parts
+        for name in (parts[-1], "/".join(parts[-2:])):
+            where.setdefault(name, []).append(i)
+    found = [where.get("/".join(Path(name).parts[-2:]), where.get(name, [])) for name in names]
+    if faults := [name for name, places in zip(names, found) if len(places) != 1]:
+        raise UserError(f"{len(faults)} of {len(names)} files of the list are not among the training "
+                        f"images, or not once, {faults[0]} the first")
+    share = [places[0] for places in found]
+    if not share or len(set(share)) < len(share):
+        raise UserError(f"the list has {len(share)} files, {len(set(share))} different ones")
+    return share
+
+
+@torch.no_grad()
+def top_accuracies(model, images, size, device, batch_size, num_workers):
+    """Return (top-1, top-5) in % on the labelled images."""
+    right = torch.zeros(2, dtype=torch.long, device=device)
+    chosen = labelled(images).tolist()
+    loader = share_loader(images, chosen, size, device, batch_size, num_workers)
+    for x, y in tqdm(loader, desc="accuracy", disable=None if world()[0] == 0 else True, leave=False):
+        with autocast(device):
+            logits = model(to_input(x, device))
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = best == y.to(device)[:, None]    # (B, 5)
+        right += torch.stack([hits[:, 0].sum(), hits.sum()])
+    return (100 * sum_over_processes(right) / len(chosen)).tolist()
+
+
+def run(args, encoder, size, processes):
+    """Fine-tune and measure, for evaluate.py."""
+    train, val = build_labelled(args)
+    if args.train_list:
+        try:
+            names = Path(args.train_list).read_text().split()
+        except OSError as error:
+            raise UserError(f"--train_list: {error}") from error
+        share = listed_share(train, names)
+    else:
+        share = training_share(train, args.train_fraction, args.seed)
+    device = processes.device
+    torch.manual_seed(args.seed)
+    model = Classifier(encoder, train.classes, args.avgpool_patchtokens).to(device)
+    images = Augmented(train, share, augmentation(size), args.seed)
+    batches = TrainingBatches(images, args.batch_size_per_gpu, args.num_workers, device)
+    loss = classification_loss(train.classes, args.smoothing, args.mixup, args.cutmix)
+    path, arguments = resumable(args, encoder, size, share)
+    fit_encoder(model, loss, batches, args, device, path, arguments)
+    accuracies = top_accuracies(
+        model, val, size, device, args.batch_size_per_gpu, args.num_workers)
+    top1, top5 = accuracies
+    batch = batches.batch_size * processes.size
+    processes.say(
+        f"finetune, {size} px, {len(share)} of {len(labelled(train))} training images of "
+        f"{args.data_path}, {args.epochs} epochs, batch {batch}, lr {args.lr:g} per 256, layer decay "
+        f"{args.layer_decay}, final epoch")
+    more = f"  top-5 {top5:.1f} %" if train.classes > 5 else ""
+    processes.say(f"top-1 {top1:.1f} %{more}  on {len(labelled(val))} validation images")
+    return {"images": len(share), "classes": train.classes, "top1": top1, "top5": top5}

@@ -1,0 +1,422 @@
+"""Draw what the geometry does and what encoders see, one or several side by side: Fig. 4, 5 and 6.
+
+    python -m extras.visualize attention --pretrained_weights a.pth b.pth --data_path DATA --output a.png
+    python -m extras.visualize relations --pretrained_weights a.pth b.pth --data_path DATA --output r.png
+    python -m extras.visualize invariance --pretrained_weights a.pth b.pth --data_path DATA --output i.png
+
+The order of the weights is that of the rows and bars.
+
+B batch (images), N patches or sampled points, C channels, M heads, G global views, S side of a picture
+"""
+
+import colorsys
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader, Dataset
+from torchvision.utils import draw_bounding_boxes, draw_keypoints, make_grid, save_image
+from tqdm import tqdm
+
+from augment import BOX, MultiCrop, Photometric, denormalize, normalize
+from data import NoSplit, ViewsOfImages, build_dataset, decode
+from relations import channel_relation, spatial_relation
+from sampler import overlap, region_align
+from support.errors import UserError, one_line_errors
+from support.inputs import autocast, evaluation_crop
+from support.options import COUNT, SIZE, Parser, flag
+from support.weights import load_encoder
+
+
+def enlarge(pictures, size):
+    """Enlarge pictures (..., H, W) to (..., size, size) pixels, without smoothing."""
+    return F.interpolate(pictures, size=(size, size), mode="nearest")
+
+
+def hues(number, saturation):
+    """Return `number` colors around the color wheel: (number, 3) in [0, 1]."""
+    return torch.tensor([colorsys.hsv_to_rgb(i / number, saturation, 1.0) for i in range(number)])
+
+
+def save_grid(tiles, columns, path):
+    save_image(make_grid(tiles, nrow=columns, padding=4, pad_value=1), path)
+
+
+# --- views and their overlaps ---------------------------------------------------------------------
+
+
+def draw_views(path, views, boxes, points):
+    """Draw the views of a few images with their overlaps and ⊙'s sampling points; a row an image.
+
+    views: by resolution, global first, (V, B, 3, S, S). boxes: (views, B, 5). points: a side, for
+    global and for local views. First the first view with its overlap with the second, then each other
+    view with its overlap with the first. One color in the first two pictures is one place.
+    """
+    G, B, _, S, _ = views[0].shape
+    S = S * max(1, 192 // S)
+    pictures = []
+    for b in range(B):
+        for v, view in enumerate(view[b] for resolution in views for view in resolution):
+            picture = enlarge((255 * denormalize(view)).to(torch.uint8)[None], S)[0]
+            region, valid = overlap(boxes[v, b][None], boxes[int(v == 0), b][None])
+            size = points[0] if v < G else points[1]
+            pictures.append(mark_region(picture, boxes[v, b], region[0], size) if valid
+                            else picture // 3)    # dark: no overlap
+    save_grid(torch.stack(pictures) / 255, len(boxes), path)
+
+
+def mark_region(picture, box, region, size, only=None):
+    """Mark a region of a view in its picture (3, S, S), and the centers of size x size cells in it.
+
+    only: the number of the one cell to mark. Colors tell places: rows by hue, columns by lightness.
+    """
+    S = picture.shape[-1]
+    x0, y0, x1, y1, flipped = box.tolist()
+    low, high = region[:2], region[2:]
+    cells = (torch.arange(size) + 0.5) / size
+    centers = torch.stack(torch.meshgrid(cells, cells, indexing="xy"), dim=-1).flatten(0, 1)
+    places = torch.cat([low[None], high[None], low + (high - low) * centers])    # of the image
+    xy = (places - torch.tensor([x0, y0])) / torch.tensor([x1 - x0, y1 - y0])    # of the view
+    if flipped:
+        xy[:, 0] = 1 - xy[:, 0]
+    xy = xy * S
+    corners = torch.cat([xy[:2].amin(dim=0), xy[:2].amax(dim=0)]).clamp(0, S - 1)
+    picture = draw_bounding_boxes(picture, corners[None], colors="red", width=2)
+    for i in range(size**2) if only is None else [only]:
+        hue, lightness = i // size / size, 0.35 + 0.4 * (i % size) / size
+        color = tuple(int(255 * c) for c in colorsys.hls_to_rgb(hue, lightness, 1.0))
+        radius = 2 if only is None else 4
+        picture = draw_keypoints(picture, xy[2 + i][None, None], colors=color, radius=radius)
+    return picture
+
+
+# --- Fig. 4: attention ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def class_attention(encoder, images):
+    """Return what the class token attends to in the last block: (B, M, N), rows sum to 1."""
+    attention = encoder.get_last_selfattention(images)[:, :, 0, 1:].cpu()
+    return attention / attention.sum(dim=-1, keepdim=True)
+
+
+def draw_attention(path, encoder, images):
+    """Draw class-token attention head by head: a row an image, then a picture and color a head.
+
+    images: (B, 3, H, W), normalized. Brightness is attention, relative to the head's largest.
+    """
+    H, W = images.shape[-2:]
+    maps = class_attention(encoder, images)
+    maps = (maps / maps.amax(dim=-1, keepdim=True)).unflatten(-1, (H // encoder.patch_size, -1))
+    maps = F.interpolate(maps, size=(H, W), mode="nearest")                  # (B, M, H, W)
+    M = maps.shape[1]
+    images = denormalize(images.cpu())
+    gray = images.mean(dim=1, keepdim=True)[:, None]                         # (B, 1, 1, H, W)
+    heads = 0.35 * gray + 0.65 * maps[:, :, None] * hues(M, 0.8)[None, :, :, None, None]
+    tiles = torch.cat([images[:, None], heads], dim=1).flatten(0, 1)
+    save_grid(enlarge(tiles, H * max(1, 192 // H)), 1 + M, path)
+
+
+def kept_attention(attention, mass=0.6):
+    """Mark the fewest patches that hold `mass` of a head's attention: (..., N) -> bool (..., N)."""
+    values, order = attention.sort(dim=-1, descending=True)
+    before = values.cumsum(dim=-1) - values    # what better patches hold already
+    return torch.zeros_like(attention, dtype=torch.bool).scatter(-1, order, before < mass)
+
+
+def overlay_attention(encoder, images, mass=0.6):
+    """Color images (B, 3, H, W), normalized, by the head that looks most; pictures in [0, 1].
+
+    A patch is colored if it is among those that hold `mass` of a head's attention; others are dark.
+    """
+    H, W = images.shape[-2:]
+    attention = class_attention(encoder, images)
+    kept = kept_attention(attention, mass)
+    head = torch.where(kept, attention, -1).argmax(dim=1)                    # (B, N)
+    colors = hues(attention.shape[1], 0.9)[head].mT                          # (B, 3, N)
+    shown = kept.any(dim=1, keepdim=True).float()                            # (B, 1, N)
+    grid = (H // encoder.patch_size, W // encoder.patch_size)
+    colors, shown = (F.interpolate(x.unflatten(-1, grid), size=(H, W)) for x in (colors, shown))
+    images = denormalize(images.cpu())
+    return torch.where(shown > 0, 0.5 * images + 0.5 * colors, 0.4 * images)
+
+
+# --- Fig. 5 and 6: self-relations of two views ----------------------------------------------------
+
+
+@torch.no_grad()
+def self_relations(encoder, views, boxes, heads, size):
+    """Relate two views (2, B, 3, S, S) with boxes (2, B, 5), at temperature 1.
+
+    The heads h are dropped after training: here h is as before it, BatchNorm and ReLU. Returns A_p of
+    the overlap (2, B, M, size², size²), valid (B,) bool: whether there is one, A_c (2, B, C, C).
+    """
+    r = encoder(views.flatten(0, 1))[:, 1:].float()                          # (2 * B, N, C)
+    tokens = F.relu(F.batch_norm(r.flatten(0, 1), None, None, training=True)).view(r.shape)
+    region, valid = overlap(*boxes)
+    points = region_align(tokens, boxes.flatten(0, 1), region.repeat(2, 1), size)
+    A_p = spatial_relation(points, heads).softmax(dim=-1).unflatten(0, (2, -1))
+    A_c = channel_relation(tokens).softmax(dim=-1).unflatten(0, (2, -1))
+    return A_p, valid, A_c
+
+
+def difference(A):
+    """Return the total variation of the rows of two relations (2, B, ..., N, N), their mean: (B,).
+
+    0 if they are equal, 1 if they have nothing in common.
+    """
+    return 0.5 * (A[0] - A[1]).abs().sum(dim=-1).flatten(1).mean(dim=1)
+
+
+def color_views(batch, device):
+    """Return the global views (2, B, 3, S, S) of a batch (augment.Views), and their boxes."""
+    crops, rows = batch.crops[0].to(device).transpose(0, 1), batch.rows.to(device).transpose(0, 1)
+    views = Photometric()(crops.flatten(0, 1), rows.flatten(0, 1))
+    return views.unflatten(0, crops.shape[:2]), rows[..., BOX]
+
+
+def check_complaints(complaints):
+    """Raise UserError where an image could not be read: another would stand in."""
+    if any(complaints):
+        raise UserError("".join(complaints).splitlines()[0])
+
+
+def invariance(encoder, loader, heads, size, device):
+    """Return the mean difference of (spatial, channel) self-relations of two views, over a loader.
+
+    loader: of data.ViewsOfImages. Raises UserError for an image that can't be read.
+    """
+    sums, counts = torch.zeros(2), torch.zeros(2)
+    for batch, complaints in tqdm(loader, desc="invariance", disable=None, leave=False):
+        check_complaints(complaints)
+        views, boxes = color_views(batch, device)
+        with autocast(device):
+            A_p, valid, A_c = self_relations(encoder, views, boxes, heads, size)
+        spatial, channel = difference(A_p)[valid], difference(A_c)
+        sums += torch.stack([spatial.sum(), channel.sum()]).cpu()
+        counts += torch.tensor([len(spatial), len(channel)])
+    return (sums / counts).tolist()
+
+
+@torch.no_grad()
+def draw_relations(path, encoders, views, boxes, heads, size, images, cells):
+    """Draw Fig. 5: a row for each image, encoder and chosen cell (row, column) of the overlap.
+
+    The two views with the overlap (red) and the cell; the cell's spatial self-relation in each, mean
+    over M heads; their difference. Flipped views are turned back. views: (2, B, 3, S, S), boxes: (2,
+    B, 5); images: which of the B are drawn: statistics want more.
+    """
+    region, _ = overlap(*boxes)
+    relations = [self_relations(encoder, views, boxes, heads, size)[0].mean(dim=2).cpu()
+                 for encoder in encoders]                                    # (2, B, size², size²)
+    S, pictures = max(192, views.shape[-1]), []
+    flipped = boxes[:, :, 4].cpu() > 0
+    boxes = torch.cat([boxes[:, :, :4], torch.zeros_like(boxes[:, :, 4:])], dim=2).cpu()
+    for b in images:
+        for A in relations:
+            for y, x in cells:
+                for v in range(2):
+                    view = views[v, b].cpu()
+                    view = denormalize(view.flip(-1) if flipped[v, b] else view)
+                    picture = enlarge((255 * view).to(torch.uint8)[None], S)[0]
+                    cell = y * size + x
+                    marked = mark_region(picture, boxes[v, b], region[b].cpu(), size, only=cell)
+                    pictures.append(marked / 255)
+                first, second = A[:, b, cell].unflatten(-1, (size, size))
+                largest = torch.maximum(first, second).max()
+                for values in (first, second, (first - second).abs()):
+                    pictures.append(enlarge(heat(values / largest)[None], S)[0])
+    save_grid(torch.stack(pictures), 5, path)
+
+
+def heat(values):
+    """Color (h, w) in [0, 1] black, red, yellow, white: (3, h, w)."""
+    return torch.stack([(3 * values - i).clamp(0, 1) for i in range(3)])
+
+
+def draw_bars(path, names, values):
+    """Draw horizontal bars from 0, a group for each title. values: {title: a number a name}."""
+    width, line, left = 720, 22, 240
+    picture = Image.new("RGB", (width, (len(names) + 2) * line * len(values)), "white")
+    draw = ImageDraw.Draw(picture)
+    for group, (title, numbers) in enumerate(values.items()):
+        top = group * (len(names) + 2) * line + line // 2
+        draw.text((left, top), title, fill="black")
+        for i, (name, number) in enumerate(zip(names, numbers)):
+            y = top + (i + 1) * line
+            color = tuple(int(200 * c) for c in hues(len(names), 0.6)[i])
+            right = left + 1 + (width - left - 80) * number / max(*numbers, 1e-12)
+            draw.text((8, y), name[-36:], fill="black")
+            draw.rectangle([left, y, right, y + line - 6], fill=color)
+            draw.text((width - 70, y), f"{number:.4f}", fill="black")
+    picture.save(path)
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    """Parse the command line; exit with one line where it makes no sense."""
+    usage = "%(prog)s FIGURE --pretrained_weights FILE [FILE ...] --data_path PATH --output FILE.png"
+    parser = Parser("extras.visualize", usage, description="Draw Fig. 4, 5 or 6 for encoders.")
+    figures = parser.add_subparsers(dest="figure", required=True, parser_class=Parser)
+    for name, help, number in (
+        ("attention", "Fig. 4: class-token attention of the last block, a color a head", 8),
+        ("relations", "Fig. 5: spatial self-relations of two views, and their difference", 2),
+        ("invariance", "Fig. 6: mean difference of self-relations between two views", 1000),
+    ):
+        g = figures.add_parser(name, prog="extras.visualize", usage=usage.replace("FIGURE", name),
+                               help=help, description=help)
+        flag(g, "pretrained_weights", None, None, "files as for evaluate.py; one or several, "
+             "compared", nargs="+", required=True, metavar="FILE")
+        flag(g, "data_path", None, None, "folder or name as for train.py; the images are of its val, "
+             "if it has one")
+        flag(g, "images", None, None, "these images, in place of --data_path's", nargs="+",
+             metavar="FILE")
+        flag(g, "output", None, None, "picture to write", required=True, metavar="FILE.png")
+        flag(g, "image_size", None, SIZE, "side in pixels; what the first encoder was trained at if "
+             "not given", kind=int)
+        flag(g, "heads", [0], COUNT, "attention heads where files don't tell: one number, or one for "
+             "each file, 0 for those that tell", nargs="+")
+        flag(g, "seed", 0, COUNT, "which images, and how views are cut")
+        flag(g, "number", number, SIZE, "images of --data_path")
+        if name == "attention":
+            flag(g, "mass", 0.6, "(0, 1]", "share of a head's attention that is shown")
+            continue
+        flag(g, "relation_heads", 6, SIZE, "M")
+        flag(g, "overlap", 13, SIZE, "points a side in the overlap")
+        flag(g, "num_workers", min(4, os.cpu_count() or 1), COUNT, "loader processes")
+        if name == "relations":
+            flag(g, "points", 2, SIZE, "cells of the overlap, an image")
+        else:
+            flag(g, "json", None, None, "write the numbers there too", metavar="FILE")
+    args = parser.parse_args(argv)
+    if not (args.data_path or args.images):
+        parser.error("where are the images? --data_path or --images")
+    if Path(args.output).suffix.lower() != ".png":
+        parser.error(f"--output must end in .png, not {args.output}")
+    if len(args.heads) not in (1, len(args.pretrained_weights)):
+        parser.error(f"--heads: one number, or {len(args.pretrained_weights)}")
+    return args
+
+
+class Files(Dataset):
+    """Image files, in the form of data.py."""
+
+    def __init__(self, paths):
+        self.paths, self.labels, self.classes = paths, torch.full((len(paths),), -1), 0
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return decode(self.paths[index]), -1
+
+
+class Chosen(Dataset):
+    """images[i] for i in indices."""
+
+    def __init__(self, images, indices):
+        self.images, self.indices = images, indices
+        self.labels, self.classes = images.labels[indices], images.classes
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, index):
+        return self.images[self.indices[index]]
+
+
+def choose_images(args):
+    """Return the images that the arguments name."""
+    if args.images:
+        return Files(args.images)
+    try:
+        images = build_dataset(args.data_path, "val")
+    except NoSplit:
+        images = build_dataset(args.data_path, "train")
+    number = 64 if args.figure == "relations" else args.number    # a batch, for its statistics
+    return Chosen(images, np.random.default_rng(args.seed).permutation(len(images))[:number].tolist())
+
+
+def attention_figure(args, encoders, images, size, device):
+    for path, encoder in zip(args.pretrained_weights, encoders):
+        if not encoder.heads:
+            raise UserError(f"{path} holds a ResNet, which has no attention")
+    crop = evaluation_crop(size)
+    batch = torch.stack([crop(images[i][0]) for i in range(len(images))]).to(device)
+    batch = normalize(batch.float() / 255)
+    rows = [overlay_attention(encoder, batch, args.mass) for encoder in encoders]
+    tiles = torch.cat([denormalize(batch.cpu()), *rows])
+    save_grid(enlarge(tiles, size * max(1, 192 // size)), len(batch), args.output)
+    print(f"{args.output}: rows are the images, then {', '.join(args.pretrained_weights)}")
+
+
+def relations_figure(args, encoders, loader, device):
+    batch, complaints = next(iter(loader))
+    check_complaints(complaints)
+    views, boxes = color_views(batch, device)
+    _, valid = overlap(*boxes)
+    shown = valid.nonzero().flatten().tolist()[: args.number]
+    if not shown:
+        raise UserError("no two views of these images overlap; try another --seed")
+    cells = np.random.default_rng(args.seed).integers(0, args.overlap, (args.points, 2)).tolist()
+    draw_relations(args.output, encoders, views, boxes, args.relation_heads, args.overlap, shown, cells)
+    print(f"{args.output}: {len(shown)} image(s), of each {args.points} cell(s) for "
+          f"{', then '.join(args.pretrained_weights)}")
+
+
+def invariance_figure(args, encoders, loader, size, device):
+    names = args.pretrained_weights
+    values = [invariance(encoder, loader, args.relation_heads, args.overlap, device)
+              for encoder in encoders]
+    print(f"mean difference of the self-relations of two views, {len(loader.dataset)} images, "
+          f"{size} px (total variation: 0 equal, 1 disjoint)")
+    for name, (spatial, channel) in zip(names, values):
+        print(f"{name}: spatial {spatial:.4f}  channel {channel:.4f}")
+    draw_bars(args.output, names, {"spatial self-relation": [v[0] for v in values],
+                                   "channel self-relation": [v[1] for v in values]})
+    result = {name: dict(zip(("spatial", "channel"), v)) for name, v in zip(names, values)}
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    print(args.output)
+    return result
+
+
+def draw(args):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    heads = args.heads * (len(args.pretrained_weights) // len(args.heads))
+    encoders = [load_encoder(path, heads=number).to(device)
+                for path, number in zip(args.pretrained_weights, heads)]
+    size = args.image_size or encoders[0].image_size
+    for path, encoder in zip(args.pretrained_weights, encoders):
+        if size % encoder.patch_size:
+            patch = f"the patch size {encoder.patch_size}"
+            raise UserError(f"--image_size {size} is not a multiple of {patch} of {path}")
+        if args.figure != "attention" and encoder.dim % args.relation_heads:
+            raise UserError(f"--relation_heads {args.relation_heads} does not divide the "
+                            f"{encoder.dim} channels of {path}")
+    images = choose_images(args)
+    if args.figure == "attention":
+        return attention_figure(args, encoders, images, size, device)
+    views = ViewsOfImages(images, MultiCrop(size, local_crops_number=0), args.seed)
+    keys = [(0, i) for i in range(len(images))]
+    loader = DataLoader(views, min(64, len(images)), sampler=keys, num_workers=args.num_workers)
+    if args.figure == "relations":
+        return relations_figure(args, encoders, loader, device)
+    return invariance_figure(args, encoders, loader, size, device)
+
+
+def main(argv=None):
+    """Draw as the command line says: a list of str, or sys.argv if None."""
+    args = parse_args(argv)
+    with one_line_errors("extras.visualize"):
+        return draw(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Files that are whole or not there, and what a run may go on from."""
+
+import os
+
+import torch
+
+from support.errors import UserError
+
+
+def save(state, path):
+    """Save like torch.save, but leave either the old file or the new one, whole, whatever happens.
+
+    Raises UserError where it could not be written.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":    # the new name has to reach the disk too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as error:    # PyTorch's writer makes a full disk a RuntimeError
+        temporary.unlink(missing_ok=True)
+        before = "the file from before, if there is one, is whole"
+        raise UserError(f"{path} could not be written ({error}); {before}") from error
+
+
+def find_checkpoint(path, arguments, remedy="use another --output_dir, or --overwrite"):
+    """Return the checkpoint at `path`, or None where there is none.
+
+    Raises UserError where it is damaged, or of a run with other arguments, which are listed.
+    """
+    if not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        before = checkpoint["arguments"]
+    except Exception as error:
+        raise UserError(f"{path} is damaged, or no checkpoint; {remedy}") from error
+    if before.keys() != arguments.keys():
+        raise UserError(f"{path} was written by another version of this program; {remedy}")
+    if before.get("recipe") != arguments.get("recipe"):
+        recipes = f"{before['recipe']}, not {arguments['recipe']}"
+        raise UserError(f"{path} is of a run with --recipe {recipes}; {remedy}")
+    different = [f"{name} was {before[name]}, is {value}" for name, value in arguments.items()
+                 if before[name] != value]
+    if different:
+        listed = "; ".join(different)
+        raise UserError(f"{path} is of a run with other arguments: {listed}; {remedy}")
+    return checkpoint

@@ -1,0 +1,116 @@
+"""One process or many, the same training: what torchrun's processes average, gather and normalize.
+
+In a single process every function here is the identity, or nn's own. The collectives are the
+functional ones: they are differentiable, torch.compile traces them, and they run on gloo and NCCL.
+
+B batch of a process, C channels
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed import _functional_collectives as collectives
+
+from support.errors import UserError
+
+
+class Processes:
+    """The processes of this program: this one alone, or torchrun's. Close it at the end.
+
+    Has rank, size (their number), device, and distributed: whether torchrun started them. Raises
+    UserError where a process finds no GPU left.
+    """
+
+    def __init__(self):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.distributed = "RANK" in os.environ
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local_rank >= gpus:
+                raise UserError(f"this machine has {gpus} GPUs; lower --nproc_per_node to {gpus}")
+            self.device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(self.device)
+        if self.distributed:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self.control = dist.new_group(backend="gloo")    # what is agreed here waits for no GPU
+
+    def sum(self, number):
+        """Add up a number of each process, without waiting for the GPU."""
+        if not self.distributed:
+            return number
+        total = torch.tensor(number)
+        dist.all_reduce(total, group=self.control)
+        return total.item()
+
+    def say(self, *words):
+        """Print, in the first process."""
+        if self.rank == 0:
+            print(*words, flush=True)
+
+    def close(self):
+        if self.distributed:
+            dist.destroy_process_group()
+
+
+def world():
+    """Return (rank, number of processes)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def sum_over_processes(x):
+    """Add up a tensor of each process, in place and without a gradient."""
+    if world()[1] > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def average_over_processes(x):
+    """Average a tensor over all processes, differentiably."""
+    processes = world()[1]
+    return collectives.all_reduce(x, "sum", dist.group.WORLD) / processes if processes > 1 else x
+
+
+def gather_from_processes(x):
+    """Concatenate the x (B, ...) of all processes by rank: (processes * B, ...), without a gradient."""
+    x = x.detach().contiguous()
+    return collectives.all_gather_tensor(x, 0, dist.group.WORLD) if world()[1] > 1 else x
+
+
+def moments(x, dims):
+    """Return the mean and variance of x over dims and all processes, differentiably; dims are kept.
+
+    Every process holds equally many values. Centered first: features have large means.
+    """
+    mean = average_over_processes(x.mean(dims, keepdim=True))
+    return mean, average_over_processes((x - mean).square().mean(dims, keepdim=True))
+
+
+class BatchNorm(nn.Module):
+    """Normalize each channel over all tokens of all processes: (..., C) -> float32 (..., C).
+
+    nn.SyncBatchNorm refuses CPU tensors and breaks the graph of torch.compile. No running
+    statistics: the heads that this is for are dropped after training.
+    """
+
+    def __init__(self, dim, affine=True, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x):
+        tokens = x.float().flatten(0, -2)
+        if world()[1] == 1:    # one fused kernel
+            y = F.batch_norm(tokens, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        else:
+            mean, variance = moments(tokens, 0)
+            y = (tokens - mean) * (variance + self.eps).rsqrt()
+            y = y if self.weight is None else y * self.weight + self.bias
+        return y.view(x.shape)

@@ -1,0 +1,115 @@
+"""The loop of an evaluation that trains something: keys in order, a checkpoint now and then, resume."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data import Batches
+from support.checkpoint import find_checkpoint, save
+from support.distributed import world
+from support.errors import UserError
+from support.workers import ignore_signals
+
+
+def seed_everything(*key):
+    """Seed torch's generator by a tuple of non-negative integers."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+class Augmented(Dataset):
+    """Key (epoch, i) -> transform(image, target) of images[indices[i]], random by (seed, epoch, i)."""
+
+    def __init__(self, images, indices, transform, seed):
+        self.images, self.indices, self.transform, self.seed = images, indices, transform, seed
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, key):
+        epoch, i = key
+        with torch.random.fork_rng(devices=[]):
+            seed_everything(self.seed, epoch, i)
+            return self.transform(*self.images[self.indices[i]])
+
+
+class TrainingBatches:
+    """Endless shuffled batches of an Augmented data set: `start(step)` iterates from a step on.
+
+    batch_size: of a process; no more than there are images. steps: of an epoch. What it yields does
+    not depend on num_workers.
+    """
+
+    def __init__(self, images, batch_size, num_workers, device):
+        rank, processes = world()
+        self.images, self.num_workers, self.device = images, num_workers, device
+        self.batch_size = max(1, min(batch_size, len(images) // processes))
+        self.steps = len(images) // (self.batch_size * processes)
+        if self.steps == 0:
+            raise UserError(f"{len(images)} training images are too few for {processes} processes")
+
+    def start(self, step):
+        rank, processes = world()
+        keys = Batches(len(self.images), self.batch_size, 1, rank, processes, self.images.seed, step)
+        return iter(DataLoader(
+            self.images, batch_sampler=keys, num_workers=self.num_workers,
+            worker_init_fn=ignore_signals, pin_memory=self.device.type == "cuda",
+        ))
+
+
+def resumable(args, encoder, size, indices):
+    """Return the file that the state of a task goes to, and what a run that resumes it must share.
+
+    That is: the arguments, the weights, and which images are trained on. Without --output_dir each
+    such combination has a folder of its own beside the weights.
+    """
+    harmless = ("output_dir", "num_workers", "json", "test_size", "sliding", "val_split")
+    content = hashlib.sha256(repr(indices).encode())
+    for value in encoder.state_dict().values():
+        content.update(value.cpu().numpy().tobytes())
+    arguments = {name: value for name, value in vars(args).items() if name not in harmless}
+    arguments |= {"image_size": size, "heads": encoder.heads, "processes": world()[1],
+                  "weights and images": content.hexdigest()[:16]}
+    weights = Path(args.pretrained_weights).absolute()
+    digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]
+    folder = Path(args.output_dir or weights.parent / f"{weights.stem}-{args.task}-{digest}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "checkpoint.pth", arguments
+
+
+def fit(step, parts, batches, epochs, path, arguments):
+    """Call step(number, batch), which returns a loss, for so many epochs of TrainingBatches.
+
+    parts: {name: what has a state}, written to `path` after every epoch, from which a run with equal
+    `arguments` resumes. Raises UserError for a loss that is not finite.
+    """
+    first, is_main = 0, world()[0] == 0
+    if checkpoint := find_checkpoint(path, arguments, "use another --output_dir"):
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        first = checkpoint["epoch"]
+        if is_main:
+            print(f"{path}: resuming after epoch {first} of {epochs}" if first < epochs
+                  else f"{path}: trained before; measured again", flush=True)
+    bar = tqdm(total=epochs * batches.steps, initial=first * batches.steps, unit="step",
+               disable=None if is_main else True, dynamic_ncols=True)
+    iterator = batches.start(first * batches.steps)
+    for epoch in range(first, epochs):
+        for number in range(epoch * batches.steps, (epoch + 1) * batches.steps):
+            loss = step(number, next(iterator))
+            bar.update()
+        loss = loss.item()
+        if not np.isfinite(loss):
+            raise UserError(f"the loss is {loss} in epoch {epoch + 1}; try a lower --lr. {path} is "
+                            "of the epoch before")
+        if is_main:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            save(state | {"epoch": epoch + 1, "arguments": arguments}, path)
+        bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}")
+        if bar.disable and is_main:    # no terminal
+            print(f"epoch {epoch + 1}/{epochs}: loss {loss:.3f}", flush=True)
+    bar.close()

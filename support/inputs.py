@@ -1,0 +1,53 @@
+"""What an encoder is given in an evaluation: center crops, a process's share of them, normalized."""
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, v2
+
+from augment import normalize
+from support.distributed import world
+from support.workers import ignore_signals
+
+
+def evaluation_crop(size):
+    """Return the transform of uint8 images to uint8 (3, size, size).
+
+    It resizes the short side to size * 256 / 224, bicubic, and takes the center.
+    """
+    resize = v2.Resize(round(size * 256 / 224), InterpolationMode.BICUBIC, antialias=True)
+    return v2.Compose([resize, v2.CenterCrop(size)])
+
+
+class Transformed(Dataset):
+    """images[i] for i in indices, through `transform`: (uint8 image, label)."""
+
+    def __init__(self, images, indices, transform):
+        self.images, self.indices, self.transform = images, indices, transform
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        image, label = self.images[self.indices[i]]
+        return self.transform(image), label
+
+
+def share_loader(images, indices, size, device, batch_size, num_workers):
+    """Return this process's share of the center crops of images, in order: rank, rank + size, ..."""
+    crops = Transformed(images, indices, evaluation_crop(size))
+    rank, processes = world()
+    return DataLoader(
+        crops, batch_size, sampler=range(rank, len(crops), processes), num_workers=num_workers,
+        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
+    )
+
+
+def autocast(device):
+    """Compute in bf16 where the GPU has it and does not emulate it."""
+    own_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=own_bf16)
+
+
+def to_input(x, device):
+    """Turn uint8 images of a loader into what encoders take."""
+    return normalize(x.to(device, non_blocking=True).float() / 255)

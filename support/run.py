@@ -1,0 +1,337 @@
+"""The output folder of a training run: resuming, checkpoints, the log, pictures, signals, kNN.
+
+What train.py's loop says to it: `run.add(losses)` after every step, `run.log(...)`, `run.save(...)`
+and `run.end_epoch(...)` when they are due, and `run.stop_asked()`.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from tqdm import tqdm
+
+from augment import normalize
+from data import Readable, labelled
+from evaluate import knn_accuracy
+from support.checkpoint import find_checkpoint, save
+from support.distributed import average_over_processes
+from support.errors import UserError
+from support.inputs import evaluation_crop
+
+TERMS = ("loss", "L_I", "L_p", "L_c")
+
+# A run may be resumed with other values of these.
+NOT_TRAINING = {
+    "output_dir", "overwrite", "num_workers", "max_steps", "checkpoint_steps", "knn_every",
+    "log_every", "compile", "deterministic", "tensorboard",
+}
+
+LOWER_LR = ("Nothing was saved since the last checkpoint, which is whole. Try a lower --lr, a longer "
+            "--warmup_epochs, or --precision bf16 or fp32")
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+
+
+class Run:
+    """A training run in its folder. `step` is how many steps are done; enter it to catch signals.
+
+    training: train.Training, whose state is resumed here. images, val: data sets; val may be None.
+    Raises UserError where the folder holds a run that this one can't go on from.
+    """
+
+    def __init__(self, args, processes, training, images, val):
+        self.args, self.processes, self.training = args, processes, training
+        self.images, self.val = images, val
+        self.folder, self.is_main = Path(args.output_dir), processes.rank == 0
+        self.arguments = {name: value for name, value in vars(args).items() if name not in NOT_TRAINING}
+        self.arguments |= {"processes": processes.size, "images": len(images)}
+        self.step, self.sums, self.history = 0, [0.0] * len(TERMS), []    # sums: over the epoch so far
+        self.requests = []
+        self.resume()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.is_main:
+            self.write_arguments()
+            self.lines = Log(self.folder / "log.jsonl", self.step, args.tensorboard)
+        self.steps = args.epochs * training.steps_per_epoch
+        self.bar = tqdm(total=self.steps, initial=self.step, disable=None if self.is_main else True,
+                        unit="step", dynamic_ncols=True)
+        self.unreadable = 0
+        self.start_window()
+
+    def resume(self):
+        """Take the state of the checkpoint in the folder, if there is one; or delete it, if asked."""
+        if self.args.overwrite:
+            if self.is_main:
+                for name in ("checkpoint.pth", "backbone.pth", "views.png", "attention.png"):
+                    (self.folder / name).unlink(missing_ok=True)
+                shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+        elif checkpoint := find_checkpoint(self.folder / "checkpoint.pth", self.arguments):
+            for name, part in self.training.parts().items():
+                part.load_state_dict(checkpoint[name])
+            self.step, self.sums = checkpoint["step"], checkpoint["sums"]
+        if self.processes.sum(self.step) != self.step * self.processes.size:
+            raise UserError(f"the processes found different checkpoints in {self.folder}/; it must "
+                            "be one folder for all machines")
+
+    def write_arguments(self):
+        """Write args.json: all arguments, and what they became here."""
+        facts = {
+            "processes": self.processes.size, "effective_batch": self.training.effective_batch,
+            "effective_lr": self.training.top_lr, "device": device_name(self.processes.device),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__},
+        }
+        text = json.dumps(vars(self.args) | facts, indent=2) + "\n"
+        (self.folder / "args.json").write_text(text)
+
+    def say(self, text):
+        """Print a line, in the first process, above the progress bar."""
+        if self.is_main:
+            tqdm.write(text)
+
+    # --- signals ----------------------------------------------------------------------------------
+
+    def __enter__(self):
+        """Note a SIGTERM or Ctrl-C from here on; a second one ends the process at once."""
+        def note(number, frame):
+            self.requests.append(number)
+            sys.stderr.write("\nstopping after this step, with a checkpoint; again to stop at once\n")
+            ctrl_c = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if ctrl_c else signal.SIG_DFL)
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.handlers = {number: signal.signal(number, note) for number in numbers}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+
+    def stop_asked(self):
+        """Return whether any process was asked to stop; all processes agree, and call it together."""
+        return self.processes.sum(len(self.requests)) > 0
+
+    # --- what a step leaves -----------------------------------------------------------------------
+
+    def start_window(self):
+        """Begin to measure images/s and how long batches are waited for."""
+        self.window, self.waited = (self.step, time.perf_counter()), 0.0
+
+    def watch(self, loader):
+        """Yield the loader's batches; print and count its complaints, and time the waiting."""
+        batches = iter(loader)
+        while True:
+            asked = time.perf_counter()
+            batch, complaints = next(batches)
+            self.waited += time.perf_counter() - asked
+            for complaint in "\n".join(filter(None, complaints)).splitlines():
+                self.unreadable += 1
+                tqdm.write(complaint, file=sys.stderr)
+            yield batch
+
+    def add(self, losses):
+        """Note the losses of a step, (TERMS,), without waiting for the device."""
+        self.history.append(losses)
+        self.step += 1
+        self.bar.update()
+
+    def collect(self):
+        """Average the losses noted over processes, add them to the epoch's; return the last step's.
+
+        Raises UserError naming the first step and the terms in it that are not finite.
+        """
+        if self.history:
+            values = average_over_processes(torch.stack(self.history)).tolist()    # waits for the GPU
+            for step, row in enumerate(values, start=self.step - len(values) + 1):
+                if faults := [f"{name} is {x}" for name, x in zip(TERMS, row) if not math.isfinite(x)]:
+                    raise UserError(f"{', '.join(faults)} in step {step}. {LOWER_LR}")
+            self.sums = [total + sum(column) for total, column in zip(self.sums, zip(*values))]
+            self.history, self.last = [], dict(zip(TERMS, values[-1]))
+        return self.last
+
+    def log(self, **values):
+        """Write a line about the last step into the log, and show it."""
+        losses, (first, start) = self.collect(), self.window
+        seconds = time.perf_counter() - start
+        images_per_s = (self.step - first) * self.training.effective_batch / seconds
+        cuda, unreadable = self.processes.device.type == "cuda", self.processes.sum(self.unreadable)
+        if self.is_main:
+            self.lines.write(
+                kind="step", step=self.step, epoch=self.step / self.training.steps_per_epoch, **losses,
+                images_per_s=images_per_s, data_wait=self.waited / seconds, unreadable=unreadable,
+                peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if cuda else None, **values,
+            )
+        shown = {name: f"{value:.3f}" for name, value in losses.items()}
+        shown["images/s"] = f"{images_per_s:.0f}"
+        self.bar.set_postfix(shown)
+        if self.bar.disable:    # no terminal
+            listed = ", ".join(f"{name} {value}" for name, value in shown.items())
+            self.say(f"step {self.step}/{self.steps}: {listed}")
+        self.unreadable = 0
+        self.start_window()
+
+    # --- checkpoints and epochs -------------------------------------------------------------------
+
+    def save(self):
+        """Write checkpoint.pth and backbone.pth. Raises UserError for weights that are not finite."""
+        self.collect()
+        student = self.training.student
+        norms = torch.stack(torch._foreach_norm(list(student.parameters()))).tolist()
+        faults = [name for (name, _), x in zip(student.named_parameters(), norms) if not math.isfinite(x)]
+        if faults:    # a finite loss can have gradients that are not
+            raise UserError(f"{len(faults)} parameters are not finite after step {self.step}, "
+                            f"{faults[0]} among them. {LOWER_LR}")
+        if self.is_main:
+            save(self.training.teacher.backbone.state_dict(), self.folder / "backbone.pth")
+            state = {name: part.state_dict() for name, part in self.training.parts().items()}
+            state |= {"step": self.step, "sums": self.sums, "arguments": self.arguments}
+            save(state, self.folder / "checkpoint.pth")
+        self.start_window()
+
+    def end_epoch(self):
+        """Write the line of an epoch into the log, with kNN if it is due.
+
+        It follows the checkpoint: a kill during kNN costs the line alone, and `begin` makes up for it.
+        """
+        epoch = self.step // self.training.steps_per_epoch
+        means = [total / self.training.steps_per_epoch for total in self.sums]
+        values = dict(zip(TERMS, means)) if epoch else {}
+        if self.val is not None and (epoch % self.args.knn_every == 0 or self.step == self.steps):
+            values["kNN"] = self.knn(epoch)
+            if values["kNN"] is None:    # stopped
+                return
+        if self.is_main and values:
+            self.lines.write(kind="epoch", step=self.step, epoch=epoch, **values)
+        self.sums = [0.0] * len(TERMS)
+        self.start_window()
+
+    def begin(self):
+        """Say what is resumed, and write the epoch's line that is due: kNN of the untrained encoder."""
+        if self.step:
+            finished = f"{self.folder}/ holds a finished run; for another use another --output_dir"
+            self.say(f"going on after step {self.step}" if self.step < self.steps
+                     else f"{finished}, or --overwrite")
+        if self.args.knn_every and self.val is None:
+            self.say(f"no kNN while training: it needs a folder a class in {self.args.data_path}/train "
+                     f"and {self.args.data_path}/val")
+        if self.step % self.training.steps_per_epoch == 0:
+            if self.processes.sum(int(self.is_main and self.step not in self.lines.epochs)):
+                self.end_epoch()
+            self.sums = [0.0] * len(TERMS)
+
+    def knn(self, epoch):
+        """Return the kNN accuracy of the teacher in %, or None where the run is to stop."""
+        if epoch == 0:
+            self.say("kNN of the untrained encoder, to compare with; --knn_every 0 does without")
+        encoder, args = self.training.teacher.backbone, self.args
+        accuracy = knn_accuracy(
+            encoder.eval(), Readable(self.images), self.val, args.global_crops_size,
+            self.processes.device, most=20_000, batch_size=args.batch_size_per_gpu,
+            num_workers=args.num_workers, stop_asked=self.stop_asked,
+        )
+        encoder.train()    # a ResNet's batch norms
+        if accuracy is None:
+            return None
+        self.say(f"epoch {epoch}: kNN {accuracy[20]:.1f} %" + ("" if epoch else " (untrained)"))
+        return accuracy[20]
+
+    # --- pictures ---------------------------------------------------------------------------------
+
+    def draw_views(self, views, boxes):
+        """Draw views.png: the views of four images, their overlaps and sampling points."""
+        if self.is_main:
+            from extras.visualize import draw_views
+            points = (self.args.overlap_global, self.args.overlap_local)
+            path = self.folder / "views.png"
+            draw_views(path, [v[:, :4].cpu() for v in views], boxes[:, :4].cpu(), points)
+            self.lines.picture(path, self.step)
+
+    def draw_attention(self, number=6):
+        """Draw attention.png: what the class token attends to (Fig. 4). A ResNet has no attention."""
+        encoder, images = self.training.teacher.backbone, Readable(self.val or self.images)
+        if self.is_main and encoder.heads:
+            from extras.visualize import draw_attention
+            chosen = np.random.default_rng(0).permutation(len(images))[:number]
+            crop = evaluation_crop(self.args.global_crops_size)
+            crops = torch.stack([crop(images[int(i)][0]) for i in chosen])
+            path = self.folder / "attention.png"
+            draw_attention(path, encoder, normalize(crops.to(self.processes.device).float() / 255))
+            self.lines.picture(path, self.step)
+
+    def finish(self):
+        """Say how the run ended, and draw attention.png unless it was stopped."""
+        if self.stop_asked():
+            name = signal.Signals(self.requests[0]).name if self.requests else "a signal"
+            self.say(f"stopped by {name} after step {self.step} of {self.steps}; rerun the same command "
+                     "to resume")
+            return
+        self.draw_attention()
+        if self.step < self.steps:
+            self.say(f"stopped at step {self.step} of {self.steps}, as --max_steps "
+                     f"{self.args.max_steps} says; rerun with a larger one, or without, to go on")
+        elif len(labelled(self.images)):
+            heads = f" --heads {self.args.heads}" if self.args.heads else ""
+            self.say(f"done. What it is worth: python evaluate.py knn --pretrained_weights "
+                     f"{self.folder}/backbone.pth --data_path {self.args.data_path}{heads}")
+        else:
+            self.say(f"done: {self.folder}/backbone.pth")
+
+
+class Log:
+    """log.jsonl: a JSON object a line, of kind "step" (values of that step) or "epoch" (means over it).
+
+    Lines after `step`, of a run that was cut off later than its checkpoint, are removed, and so is
+    what is no such line. `epochs`: the steps at whose end an epoch has its line. tensorboard: write
+    the same to a folder of that name beside it. Raises UserError where TensorBoard is not installed.
+    """
+
+    def __init__(self, path, step, tensorboard=False):
+        self.board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError("--tensorboard needs it: pip install tensorboard") from error
+            purge = step + 1 if step else None
+            self.board = SummaryWriter(path.parent / "tensorboard", purge_step=purge)
+        kept, self.epochs = [], set()
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError, TypeError, KeyError):    # cut short by a kill
+                values = json.loads(line)
+                if 0 < step >= values["step"]:
+                    kept.append(line + "\n")
+                    self.epochs |= {values["step"]} if values["kind"] == "epoch" else set()
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self.file = open(path, "a", buffering=1)
+
+    def write(self, *, kind, step, **values):
+        self.file.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
+        if self.board:
+            for name, value in values.items():
+                if value is not None:
+                    self.board.add_scalar(f"{kind}/{name}", value, step)
+            self.board.flush()
+
+    def picture(self, path, step):
+        """Show a PNG file in TensorBoard too."""
+        if self.board:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            self.board.add_image(path.stem, pixels, step, dataformats="HWC")
+            self.board.flush()

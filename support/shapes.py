@@ -1,0 +1,80 @@
+"""`shapes`: images of the demo and the tests, drawn when asked for."""
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+
+def polygon(a, b, sides):
+    """Return the distance to a regular polygon of in-radius 0, negative inside."""
+    angles = 2 * np.pi * np.arange(sides) / sides
+    return np.max([a * np.cos(t) + b * np.sin(t) for t in angles], axis=0)
+
+
+def box(a, b, width, height):
+    """Return the distance to a rectangle with these half sides, negative inside."""
+    return np.maximum(np.abs(a) - width, np.abs(b) - height)
+
+
+# Signed distance to the edge of a shape, negative inside, in a cell (a, b) of [-0.5, 0.5]².
+SHAPES = {
+    "disc": lambda a, b: np.hypot(a, b) - 0.33,
+    "ring": lambda a, b: np.abs(np.hypot(a, b) - 0.32) - 0.08,
+    "square": lambda a, b: box(a, b, 0.3, 0.3),
+    "frame": lambda a, b: np.abs(box(a, b, 0.32, 0.32)) - 0.07,
+    "triangle": lambda a, b: polygon(a, b, 3) - 0.2,
+    "cross": lambda a, b: np.minimum(box(a, b, 0.42, 0.12), box(a, b, 0.12, 0.42)),
+    "bar": lambda a, b: box(a, b, 0.42, 0.15),
+    "stripe": lambda a, b: np.abs(b) - 0.22,
+    "check": lambda a, b: np.where(a * b < 0, 1, -1) * np.minimum(np.abs(a), np.abs(b)),
+    "wave": lambda a, b: np.abs(b - 0.22 * np.sin(2 * np.pi * a)) - 0.13,
+}
+
+
+class Shapes(Dataset):
+    """Images of a blob of paper, printed with one kind of shape over and over: the kind is the label.
+
+    All else is drawn at random for each image, independent of the label: the paper's outline and
+    place, the print's scale and angle, the color of every single shape, light and noise. Every image
+    has the same mean color. Deterministic by split and index; nothing is stored.
+    """
+
+    SIZE = 64
+    LENGTH = {"train": 10_000, "val": 1_000}
+
+    def __init__(self, split):
+        self.split, self.classes = split, len(SHAPES)
+        self.labels = torch.arange(self.LENGTH[split]) % self.classes
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.draw(index)[0], int(self.labels[index])
+
+    def draw(self, index):
+        """Return the image, uint8 (3, H, W), and where the paper is, bool (H, W)."""
+        kind = list(SHAPES)[int(self.labels[index])]
+        rng = np.random.default_rng((list(self.LENGTH).index(self.split), index))
+        y, x = np.mgrid[0 : self.SIZE, 0 : self.SIZE].astype(np.float32) / self.SIZE - 0.5
+
+        # the paper's outline: a wobbly disc
+        u, v = x - rng.uniform(-0.1, 0.1), y - rng.uniform(-0.1, 0.1)
+        angle, radius = np.arctan2(v, u), np.hypot(u, v)
+        wobble = 0
+        for k in (2, 3, 5):
+            wobble += rng.uniform(0, 0.12) / k * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
+        paper = radius < rng.uniform(0.38, 0.6) + wobble
+
+        # the print: a lattice of cells, slightly turned, a shape in each
+        turn, cells = rng.uniform(-0.15, 0.15), rng.uniform(4.5, 6.5)
+        a = (np.cos(turn) * x + np.sin(turn) * y) * cells + rng.uniform()
+        b = (np.cos(turn) * y - np.sin(turn) * x) * cells + rng.uniform()
+        row, column = np.round(a).astype(int), np.round(b).astype(int)
+        distance = SHAPES[kind](a - row, b - column) * self.SIZE / cells    # in pixels
+        ink = rng.uniform(-0.7, -0.2, (3, 16, 16))[:, row % 16, column % 16]    # a color a cell
+
+        image = np.where(paper, ink * np.clip(0.5 - distance, 0, 1), rng.uniform(-0.4, 0))
+        image += rng.normal(0, 0.03, ink.shape)
+        image += (0.5 - image.mean(axis=(1, 2)))[:, None, None]    # or much ink would make it dark
+        return torch.from_numpy((255 * image.clip(0, 1)).astype(np.uint8)), torch.from_numpy(paper)

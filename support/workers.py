@@ -1,0 +1,21 @@
+"""The loader's worker processes and signals."""
+
+import atexit
+import multiprocessing
+import signal
+
+
+def ignore_signals(worker):
+    """Leave stopping to the trainer: signals reach every process of a terminal or a job."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Kill the workers of a run that failed: they ignore the SIGTERM that Python would wait for."""
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch takes a worker's death for an error
+    for process in workers:
+        process.kill()
