@@ -200,9 +200,10 @@ def jitter(x, rows):
 
 
 def blend(x, rows, step, active):
-    """Apply brightness, contrast or saturation, whichever an image has at `step`, where active (B,).
+    """Apply brightness, contrast or saturation, whichever an image has at `step`.
 
-    Each is a blend: with black, with the mean gray, with the gray image.
+    Each is a blend: with black, with the mean gray, with the gray image. active: (B,), False for
+    images to leave alone.
     """
     now = (rows[:, ORDER][:, :3] == step) & active[:, None]                 # (B, 3), one or none
     brightness, contrast, _ = (per_image(column) for column in now.unbind(dim=1))

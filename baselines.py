@@ -1,14 +1,14 @@
 """L_I of Eq. 1: the methods that SERE is added to, each a head (P) and a loss (R) side by side.
 
-DINO (Caron et al. 2021): the student predicts the teacher's soft cluster assignment of another view.
-iBOT (Zhou et al. 2022): also, of patches hidden from it, the teacher's assignment of the same patch.
-MoCo v3 (Chen et al. 2021): the student tells an image from all others of the batch by the teacher's
-embedding of another view.
+DINO (Caron et al. 2021): the student predicts the teacher's soft cluster assignment of another
+view. iBOT (Zhou et al. 2022): also, of patches hidden from it, the teacher's assignment of the same
+patch. MoCo v3 (Chen et al. 2021): the student tells an image from all others of the batch by the
+teacher's embedding of another view.
 
-A head is called with (tokens, mask): of each resolution, global first, tokens (V, B, 1 + N, C) after
-the encoder's final norm; and which patches of the global views are hidden from the student, (G, B, N)
-bool, or None. A loss is called with the outputs of the student's and the teacher's head, the teacher's
-temperature, and the boxes of all views. `update_center` follows each optimizer step.
+A head is called with (tokens, mask): of each resolution, global first, tokens (V, B, 1 + N, C)
+after the encoder's final norm; and which patches of the global views are hidden from the student,
+(G, B, N) bool, or None. A loss is called with the outputs of the student's and the teacher's head,
+the teacher's temperature, and the boxes of all views. `update_center` follows each optimizer step.
 
 B batch, V views, G global views, N patches, C channels, K outputs (out_dim)
 """
@@ -64,7 +64,7 @@ def unit_rows(in_dim, out_dim, fixed):
 
 
 class DINOHead(nn.Module):
-    """3-layer MLP, a bottleneck of length 1, a last layer of K unit rows: (V, B, K) of class tokens."""
+    """3-layer MLP, bottleneck of length 1, K unit rows: class tokens -> (V, B, K)."""
 
     def __init__(self, in_dim, out_dim, norm_last_layer=True, hidden_dim=2048, bottleneck_dim=256):
         super().__init__()
@@ -120,7 +120,7 @@ def cross_entropy(assignment, logits):
 
 
 def entropy(assignment):
-    """Average the entropy of assignments, in nats: 0 if they are peaked, ln K if they are uniform."""
+    """Average the entropy of assignments, in nats: 0 if peaked, ln K if uniform."""
     return torch.special.entr(assignment).sum(dim=-1).mean().item()
 
 
@@ -133,7 +133,7 @@ class DINOLoss(Loss):
         self.center = Center(out_dim, center_momentum)
 
     def forward(self, student, teacher, teacher_temp, boxes=None):
-        """Average over pairs of views and images: student (V, B, K), teacher (G, B, K) -> scalar."""
+        """Average over pairs and images: student (V, B, K), teacher (G, B, K) -> scalar."""
         self.center.add(teacher.flatten(0, 1).mean(dim=0))
         assignment = assign(teacher, self.center, teacher_temp)     # (G, B, K)
         logits = student.float() / self.student_temp                # (V, B, K)
@@ -169,8 +169,8 @@ class IBOTOutput(NamedTuple):
 class IBOTHead(DINOHead):
     """A DINOHead for class tokens and for the patches that are hidden from the student.
 
-    patch_out_dim: of the patches' own last layer; None to share the one of the class tokens. most: P.
-    No other patch is given to the head: that is what makes a large K affordable.
+    patch_out_dim: of the patches' own last layer; None to share the one of the class tokens. most:
+    P. No other patch is given to the head: that is what makes a large K affordable.
     """
 
     def __init__(self, in_dim, out_dim, norm_last_layer=True, hidden_dim=2048, bottleneck_dim=256,
@@ -184,7 +184,7 @@ class IBOTHead(DINOHead):
         patches, mean = tokens[0][:, :, 1:], None                            # (G, B, N, C)
         hidden, index = mask.int().sort(dim=-1, descending=True, stable=True)
         hidden, index = hidden[..., : self.most].bool(), index[..., : self.most, None]
-        if self.teacher:    # the last layer is linear: the mean of outputs is the output of the mean
+        if self.teacher:    # the last layer is linear: it gives the mean output of the mean
             bottleneck = self.bottleneck(patches)
             mean = self.patch_last_layer(bottleneck.mean(dim=(0, 1, 2)))
             bottleneck = bottleneck.take_along_dim(index, dim=2)
@@ -205,7 +205,7 @@ class IBOTLoss(DINOLoss):
         """Add both terms, of IBOTOutputs for the same mask. teacher_temp: (2,), cls and patches."""
         cls_term = super().forward(student.cls, teacher.cls, teacher_temp[0])
         self.patch_center.add(teacher.mean)
-        assignment = assign(teacher.patches, self.patch_center, teacher_temp[1])        # (G, B, P, K)
+        assignment = assign(teacher.patches, self.patch_center, teacher_temp[1])    # (G, B, P, K)
         losses = cross_entropy(assignment, student.patches.float() / self.student_temp)
         losses = (losses * student.hidden).sum(dim=-1) / student.hidden.sum(dim=-1).clamp(min=1)
         return self.note(cls_term, losses.mean())    # a view without hidden patches counts as 0
@@ -234,7 +234,7 @@ class IBOTLoss(DINOLoss):
 
 
 def moco_mlp(*dims):
-    """Build linear layers without bias, each with BatchNorm and ReLU; the last has no affine part."""
+    """Build linear layers with BatchNorm and ReLU; the last BatchNorm is the end, not affine."""
     layers = []
     for in_dim, out_dim in zip(dims[:-2], dims[1:]):
         layers += [nn.Linear(in_dim, out_dim, bias=False), BatchNorm(out_dim), nn.ReLU()]
@@ -259,10 +259,10 @@ class MoCoHead(nn.Module):
 
 
 class MoCoLoss(Loss):
-    """InfoNCE: find the key of an image, the teacher's embedding of another view, among those of all
-    images of all processes. 2 τ times the cross-entropy, summed over the two directions of a pair.
+    """InfoNCE: find an image's key among those of all images of all processes.
 
-    With more than two views: twice the mean over pairs.
+    A key is the teacher's embedding of another view. 2 τ times the cross-entropy, summed over the
+    two directions of a pair; with more than two views: twice the mean over pairs.
     """
 
     def __init__(self, temperature=0.2):
@@ -270,7 +270,7 @@ class MoCoLoss(Loss):
         self.temperature = temperature
 
     def forward(self, student, teacher, teacher_temp=None, boxes=None):
-        """Average over pairs of views and images: student (V, B, K), teacher (G, B, K) -> scalar."""
+        """Average over pairs and images: student (V, B, K), teacher (G, B, K) -> scalar."""
         B, tau = student.shape[1], self.temperature
         label = world()[0] * B + torch.arange(B, device=student.device)
         queries, keys = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)

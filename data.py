@@ -1,7 +1,7 @@
 """Where training images come from: folders, torchvision's data sets, and the drawn `shapes`.
 
-A data set here is map-style and gives (uint8 image (3, H, W), label or -1). It has `labels`, a tensor
-of all of them that costs no decoding, and `classes`, their number.
+A data set here is map-style and gives (uint8 image (3, H, W), label or -1). It has `labels`, a
+tensor of all of them that costs no decoding, and `classes`, their number.
 """
 
 import os
@@ -29,9 +29,9 @@ class NoSplit(UserError):
 def build_dataset(path, split):
     """Return the images at `path`, a folder or one of NAMES; split is "train" or "val".
 
-    A folder with train/ and val/ has the labels of the folders in train/. Any other folder is one set
-    of images, nested as it likes, without labels, and has no "val". Raises UserError, NoSplit for a
-    folder without that split.
+    A folder with train/ and val/ has the labels of the folders in train/. Any other folder is one
+    set of images, nested as it likes, without labels, and has no "val". Raises UserError, NoSplit
+    for a folder without that split.
     """
     path = str(path)
     if path == "shapes":
@@ -55,7 +55,7 @@ def labelled(images):
 
 
 def decode(path):
-    """Read an image file as uint8 RGB (3, H, W). Raises UserError naming a file that can't be read."""
+    """Read an image file as uint8 RGB (3, H, W). Raises UserError naming a bad file."""
     try:
         with Image.open(path) as image:
             return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
@@ -114,7 +114,7 @@ class TorchvisionImages(Dataset):
 
 
 def torchvision_images(name, split):
-    """Return CIFAR or STL-10, downloaded on first use. STL-10 "train" has its unlabelled images too."""
+    """Return CIFAR or STL-10, downloaded on first use; STL-10 with its unlabelled images."""
     train = split == "train"
     try:
         if name == "stl10":
@@ -174,14 +174,15 @@ class ViewsOfImages(Readable):
 class Batches(Sampler):
     """Endless lists of keys (epoch, index) for one process, in an order by (seed, epoch).
 
-    A step is `per_step` batches in each process. The batches of the processes lie side by side in the
-    epoch's order, so two processes of B see what one of 2B sees. Images that fill no whole step are
-    left out. start: steps to pass over.
+    A step is `per_step` batches in each process. The batches of the processes lie side by side in
+    the epoch's order, so two processes of B see what one of 2B sees. Images that fill no whole step
+    are left out. start: steps to pass over.
     """
 
     def __init__(self, images, batch_size, per_step, rank, processes, seed, start=0):
         self.images, self.rank, self.seed, self.start = images, rank, seed, start
-        self.shape = (images // (per_step * processes * batch_size), per_step, processes, batch_size)
+        steps = images // (per_step * processes * batch_size)    # of an epoch
+        self.shape = (steps, per_step, processes, batch_size)
 
     def __iter__(self):
         epoch, skip = divmod(self.start, self.shape[0])

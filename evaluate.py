@@ -217,7 +217,7 @@ def knn(args, encoder, size, processes):
 
 
 def linear(args, encoder, size, processes):
-    """Evaluate by linear probes, DINO's protocol; the learning rate is chosen on held-out images."""
+    """Evaluate by linear probes, DINO's protocol; the rate is chosen on held-out images."""
     train, val = build_labelled(args)
     if (args.n_last_blocks or 0) > encoder.depth:
         raise UserError(f"--n_last_blocks {args.n_last_blocks}: there are {encoder.depth}")

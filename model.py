@@ -47,7 +47,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. In training a sample skips a branch with probability drop_path."""
+    """Pre-norm transformer block; in training drop_path of the samples skip a branch."""
 
     def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
@@ -182,7 +182,9 @@ ARCHITECTURES = {
 }
 
 
-def build_encoder(arch, image_size=224, patch_size=16, drop_path_rate=0.0, masked=False, heads=None):
+def build_encoder(
+    arch, image_size=224, patch_size=16, drop_path_rate=0.0, masked=False, heads=None
+):
     """Build an encoder of ARCHITECTURES by name, with other attention heads if given.
 
     resnet50 takes the image size alone: it has no patches, stochastic depth, masks or heads.
@@ -208,8 +210,8 @@ class Output(NamedTuple):
 class Network(nn.Module):
     """An encoder and its heads: the student (all views) or the teacher (global views).
 
-    head: of baselines.py, for L_I, or None. spatial, channel: a RelationHead for each resolution, or
-    none. The encoder is called `backbone`, as in DINO's checkpoints.
+    head: of baselines.py, for L_I, or None. spatial, channel: a RelationHead for each resolution,
+    or none. The encoder is called `backbone`, as in DINO's checkpoints.
     """
 
     def __init__(self, backbone, head=None, spatial=(), channel=()):
@@ -244,7 +246,8 @@ class Network(nn.Module):
 def update_teacher(student, teacher, momentum):
     """Update θ₁ ← λθ₁ + (1 − λ)θ₂ for every parameter of the teacher, matched by name.
 
-    momentum: λ. Raises KeyError where the student lacks a parameter. Buffers stay each network's own.
+    momentum: λ. Raises KeyError where the student lacks a parameter. Buffers stay each network's
+    own.
     """
     student = dict(student.named_parameters())
     for name, theta_1 in teacher.named_parameters():

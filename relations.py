@@ -8,10 +8,11 @@ representation of the image in its own right. Two views of an image must agree o
     A_c(c) = Softmax( cᵀ c / (H·W) / t_c )              channel self-relation             Eq. 4
     L_c    = Re( G(A_c(c₁)), A_c(g_c(c₂)) )                                               Eq. 5
 
-The paper prints t outside the Softmax, where rows would no longer sum to 1; its released code has it
-inside. Subscript 1 is the teacher's view, 2 the student's. p = h_p(r) and c = h_c(r) are projected
-features r of the encoder, g a prediction head, O or ⊙ region-aligned sampling (sampler.py), G
-stop-gradient and Re the cross-entropy. The paper's C x HW matrices are (N, C) tokens here.
+The paper prints t outside the Softmax, where rows would no longer sum to 1; its released code has
+it inside. Subscript 1 is the teacher's view, 2 the student's. p = h_p(r) and c = h_c(r) are
+projected features r of the encoder, g a prediction head, O or ⊙ region-aligned sampling
+(sampler.py), G stop-gradient and Re the cross-entropy. The paper's C x HW matrices are (N, C)
+tokens here.
 
 B batch, N = H * W patches (or sampled points) of a view, C channels, M relation heads,
 q a view of the teacher's, v a view of the student's; global views come first in both
@@ -45,9 +46,10 @@ class RelationHead(nn.Module):
 
 
 def spatial_relation(p, heads, temperature=1.0):
-    """Relate patches by their features: Eq. 2 before its Softmax, within each of M groups of channels.
+    """Relate patches by their features: Eq. 2 before its Softmax.
 
-    p: (B, N, C), after ⊙. Returns (B, M, N, N). C of Eq. 2 is each group's own number, C / M.
+    p: (B, N, C), after ⊙. Returns (B, M, N, N): M groups of channels have a relation each, and C of
+    Eq. 2 is the number of channels in a group, C / M.
     """
     p = p.unflatten(2, (heads, -1)).transpose(1, 2)                # (B, M, N, C / M)
     return p @ p.mT / math.sqrt(p.shape[-1]) / temperature         # (B, M, N, N)
@@ -92,10 +94,11 @@ class SelfRelationLoss(nn.Module):
         """Return (L_p, L_c), scalars.
 
         p1, c1: h_p(r) and h_c(r) of each global view, lists of (B, N, C), or empty to leave a loss
-        out. p2, c2: g_p(h_p(r)) and g_c(h_c(r)) of every view. boxes: (views, B, 5), see sampler.py.
-        Of L_p's pairs those count, of all images and processes, in which the views overlap.
+        out. p2, c2: g_p(h_p(r)) and g_c(h_c(r)) of every view. boxes: (views, B, 5), see
+        sampler.py. Of L_p's pairs those count, of all images and processes, in which the views
+        overlap.
         """
-        A_c1 = [self.channel_relation(c, self.t_c1) for c in c1]    # a view's is the same in each pair
+        A_c1 = [self.channel_relation(c, self.t_c1) for c in c1]    # once a view, not once a pair
         A_c2 = [self.channel_relation(c, self.t_c2) for c in c2]
         L_p, overlaps = boxes.new_zeros(()), boxes.new_zeros(())
         L_c, pairs = boxes.new_zeros(()), 0

@@ -51,7 +51,7 @@ def region_align(tokens, boxes, region, size, shape=None):
     centers = low + (high - low) * cells                                                 # (B, 2, S)
     x, y = ((centers - boxes[:, 0:2, None]) / (boxes[:, 2:4] - boxes[:, 0:2])[..., None]).unbind(1)
     x = torch.where(boxes[:, 4:5] > 0, 1 - x, x)            # (B, S), fractions of the view, as y is
-    rows = bilinear_weights(y * H - 0.5, H)                 # (B, S, H); patch i covers [i, i + 1] / H
+    rows = bilinear_weights(y * H - 0.5, H)                 # (B, S, H); patch i is [i, i + 1] / H
     columns = bilinear_weights(x * W - 0.5, W)              # (B, S, W)
     points = torch.einsum("bsh,bhwc,btw->bstc", rows, tokens.unflatten(1, (H, W)), columns)
     return points.flatten(1, 2)

@@ -5,8 +5,8 @@ feature self-relations, L = L_I + α L_p + β L_c (Eq. 6).
     python train.py --data_path /path/to/imagenet       the paper's Sec. 4.1 (DINO + SERE)
     torchrun --standalone --nproc_per_node=8 train.py --data_path /path/to/imagenet
 
-From the top: networks, losses, one step, the loop. The command line is in support/options.py; what a
-run writes, and how it resumes, in support/run.py.
+From the top: networks, losses, one step, the loop. The command line is in support/options.py; what
+a run writes, and how it resumes, in support/run.py.
 
 B batch of a process, V views, G global views, S side of a view, N patches
 """
@@ -136,7 +136,7 @@ def build_relation_loss(args):
 
 
 def teacher_temperatures(args):
-    """Return the teacher's temperature in each epoch: (epochs,), or for cls and patches (epochs, 2)."""
+    """Return the teacher's temperatures: (epochs,), or for cls and patches (epochs, 2)."""
     def warm_up(low, high):
         n = args.warmup_teacher_temp_epochs
         return torch.cat([torch.linspace(low, high, n), torch.full((args.epochs - n,), high)])
@@ -161,7 +161,7 @@ class StepOutput(NamedTuple):
 
 
 class Training:
-    """What learns, and one step of it. Raises UserError where there is less than a batch of images."""
+    """What learns, and one step of it. Raises UserError for less than a batch of images."""
 
     def __init__(self, args, processes, images):
         """images: their number."""
@@ -195,7 +195,7 @@ class Training:
         self.lr = cosine_schedule(self.top_lr, args.min_lr, steps, warmup)
         self.weight_decay = cosine_schedule(args.weight_decay, args.weight_decay_end, steps)
         self.momentum = cosine_schedule(args.momentum_teacher, 1.0, steps)
-        # A tensor on the device: a number would be a new graph for torch.compile whenever it changes.
+        # A tensor on the device: torch.compile would take each new number for a new graph.
         self.teacher_temp = teacher_temperatures(args).to(processes.device)
 
     def parts(self):
@@ -257,8 +257,9 @@ class Training:
 
     def synchronization(self, micro_step):
         """Average gradients over processes once a step, in its last backward pass."""
-        last = micro_step == self.args.grad_accum_steps - 1
-        return contextlib.nullcontext() if last or not self.processes.distributed else self.network.no_sync()
+        if self.processes.distributed and micro_step < self.args.grad_accum_steps - 1:
+            return self.network.no_sync()
+        return contextlib.nullcontext()
 
     def update(self, step, epoch):
         """Update the student by its gradients, then the teacher and the center of its outputs."""
@@ -286,7 +287,8 @@ class Training:
         """
         teacher, boxes, loss = output.teacher, output.boxes, self.relation_loss
         G, C = len(teacher.cls), teacher.cls.shape[-1]
-        valid = [overlap(boxes[q], boxes[v])[1] for v in range(len(boxes)) for q in range(G) if q != v]
+        pairs = [(q, v) for q in range(G) for v in range(len(boxes)) if v != q]
+        valid = [overlap(boxes[q], boxes[v])[1] for q, v in pairs]
         spread = F.normalize(teacher.cls.float(), dim=-1).std(dim=1, correction=0).mean() * C**0.5
         values = {"feature_std": spread.item(), "overlap": torch.stack(valid).float().mean().item()}
         if teacher.p:
@@ -303,7 +305,7 @@ class Training:
 
 
 def build_loader(args, images, processes, start=0):
-    """Return endless batches (Views, complaints) of this process, from the one after `start` steps on."""
+    """Return endless batches (Views, complaints) of this process, after `start` steps."""
     multicrop = MultiCrop(
         args.global_crops_size, args.global_crops_scale,
         args.local_crops_number, args.local_crops_size, args.local_crops_scale, build_mask(args),
@@ -346,7 +348,7 @@ def train(args, processes, training, run, images):
 
 
 def build_datasets(args):
-    """Return (training images, validation images or None): the latter only for kNN, if it has labels."""
+    """Return training images, and those for kNN, or None where there are no labels."""
     images, val = build_dataset(args.data_path, "train"), None
     if args.knn_every and len(labelled(images)):
         with contextlib.suppress(NoSplit):

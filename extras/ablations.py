@@ -13,7 +13,7 @@ from support.distributed import average_over_processes
 
 
 class DINOPlusHead(IBOTHead):
-    """An IBOTHead for the patches of every view: (V, B, K) and, by resolution, (V, B, N, K_patch)."""
+    """An IBOTHead for the patches of every view: (V, B, K), by resolution (V, B, N, K_patch)."""
 
     def forward(self, tokens, mask=None):
         patches = [self.patch_last_layer(self.bottleneck(t[:, :, 1:])) for t in tokens]
@@ -23,8 +23,8 @@ class DINOPlusHead(IBOTHead):
 class DINOPlusLoss(IBOTLoss):
     """DINO's loss on class tokens and, equally weighted, on patches at the same place of two views.
 
-    Where views overlap, the student predicts the teacher's assignment at ⊙'s points; ⊙ is linear, as
-    is the last layer of the head. overlap_global, overlap_local: as in SelfRelationLoss.
+    Where views overlap, the student predicts the teacher's assignment at ⊙'s points; ⊙ is linear,
+    as is the last layer of the head. overlap_global, overlap_local: as in SelfRelationLoss.
     """
 
     def __init__(self, out_dim, patch_out_dim, overlap_global=13, overlap_local=6):
@@ -39,7 +39,7 @@ class DINOPlusLoss(IBOTLoss):
 
     def patch_loss(self, student, teacher, teacher_temp, boxes):
         self.patch_center.add(teacher.flatten(0, 2).mean(dim=0))
-        student = [view.float() for views in student for view in views]            # V times (B, N, K)
+        student = [view.float() for views in student for view in views]        # V times (B, N, K)
         loss, overlaps = 0, 0
         for q in range(len(teacher)):
             for v in range(len(student)):
@@ -47,7 +47,7 @@ class DINOPlusLoss(IBOTLoss):
                     continue
                 region, valid = overlap(boxes[q], boxes[v])
                 size = self.overlap_global if v < len(teacher) else self.overlap_local
-                o1 = region_align(teacher[q], boxes[q], region, size)              # (B, S * S, K)
+                o1 = region_align(teacher[q], boxes[q], region, size)          # (B, S * S, K)
                 o2 = region_align(student[v], boxes[v], region, size)
                 assignment = assign(o1, self.patch_center, teacher_temp)
                 losses = cross_entropy(assignment, o2 / self.student_temp).mean(dim=1)

@@ -30,7 +30,7 @@ import train
 from data import build_dataset
 from support.distributed import Processes
 from support.errors import UserError, one_line_errors
-from support.options import SIZE, flag, parse_train_args
+from support.options import COUNT, SIZE, flag, parse_train_args
 from support.run import device_name
 
 PARTS = ("views", "teacher", "student", "losses", "backward", "update")
@@ -51,7 +51,7 @@ class Noise(Dataset):
 
 
 def build(args, processes, images, **changes):
-    """Return train.py's Training for the arguments with some of them changed, and a batch of views."""
+    """Return train.py's Training, with some arguments changed, and a batch of views."""
     args = argparse.Namespace(**vars(args) | changes | {"freeze_last_layer": 0})
     training = train.Training(args, processes, len(images))
     return training, next(iter(train.build_loader(args, images, processes)))[0]
@@ -59,7 +59,8 @@ def build(args, processes, images, **changes):
 
 def seconds_of(training, batch, steps, first=0):
     """Return the seconds a step takes, over so many steps on one batch; a GPU is waited for."""
-    synchronize = torch.cuda.synchronize if training.processes.device.type == "cuda" else lambda: None
+    cuda = training.processes.device.type == "cuda"
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
     synchronize()
     start = time.perf_counter()
     for step in range(first, first + steps):
@@ -74,8 +75,8 @@ def seconds_of(training, batch, steps, first=0):
 def time_parts(training, batch, steps, first):
     """Return {part: ms a step}. On a GPU the time of its kernels, and what it idles.
 
-    Kernels of the backward pass are launched by a thread of autograd's, which no label reaches: they
-    are what the other labels leave.
+    Kernels of the backward pass are launched by a thread of autograd's, which no label reaches:
+    they are what the other labels leave.
     """
     cuda = training.processes.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
@@ -83,8 +84,8 @@ def time_parts(training, batch, steps, first):
         seconds = seconds_of(training, batch, steps, first)
     events = profiler.key_averages()
     kind = "device_time_total" if cuda else "cpu_time_total"
-    labels = {event.key: getattr(event, kind) / 1e3 / steps for event in events if event.key in PARTS}
-    parts = {name: labels[name] for name in PARTS}
+    total = {event.key: getattr(event, kind) for event in events}
+    parts = {name: total[name] / 1e3 / steps for name in PARTS}
     if cuda:
         kernels = sum(event.self_device_time_total for event in events) / 1e3 / steps
         parts["backward"] = kernels - sum(parts.values()) + parts["backward"]
@@ -93,7 +94,7 @@ def time_parts(training, batch, steps, first):
 
 
 def count_flops(training, batch):
-    """Count the floating-point operations of a step, 2 a multiply-add, as PyTorch's counter does."""
+    """Count the floating-point operations of a step, 2 a multiply-add."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         training.step(0, itertools.repeat(batch))
     return counter.get_total_flops()
@@ -113,7 +114,7 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     try:
-        import resource    # not on Windows
+        import resource  # not on Windows
     except ImportError:
         return None
     unit = 2**30 if platform.system() == "Darwin" else 2**20
@@ -136,7 +137,8 @@ def time_step(args, own, processes):
     result = {
         "recipe": args.recipe, "arch": args.arch, "batch": training.effective_batch,
         "views": [2, args.global_crops_size, args.local_crops_number, args.local_crops_size],
-        "alpha": args.alpha, "beta": args.beta, "precision": args.precision, "compile": args.compile,
+        "alpha": args.alpha, "beta": args.beta, "precision": args.precision,
+        "compile": args.compile,
         "processes": processes.size, "threads": torch.get_num_threads(),
         "device": device_name(device), "torch": torch.__version__, "step_ms": 1e3 * seconds,
         "images_per_s": training.effective_batch / seconds, "parts_ms": parts,
@@ -144,8 +146,8 @@ def time_step(args, own, processes):
         "mfu": flops / seconds / rate,
     }
     say(f"{args.recipe}: {args.arch}/{args.patch_size}, batch {training.effective_batch}, views "
-        f"{' '.join(map(str, result['views']))}, {processes.size} process(es) on {result['device']}, "
-        f"{args.precision}{', compiled' if args.compile else ''}")
+        f"{' '.join(map(str, result['views']))}, {processes.size} process(es) on "
+        f"{result['device']}, {args.precision}{', compiled' if args.compile else ''}")
     for name, ms in parts.items():
         say(f"  {name:9s} {ms:9.2f} ms  {100 * ms / sum(parts.values()):5.1f} %")
     say(f"  a step    {1e3 * seconds:9.2f} ms         {result['images_per_s']:.1f} images/s")
@@ -167,7 +169,7 @@ def time_sere(args, own, processes, images, training, batch):
     cuda, pairs = processes.device.type == "cuda", []
     steps = 10 if cuda else 1    # a GPU is waited for after each turn
     for turn in tqdm(range(-2, own.turns), "turns", disable=None):    # the first two warm up
-        order = (training, plain) if turn % 2 else (plain, training)    # neither is always the first
+        order = (training, plain) if turn % 2 else (plain, training)    # neither always first
         seconds = {which: seconds_of(which, batch, steps) for which in order}
         if turn >= 0:
             pairs.append((1e3 * seconds[training], 1e3 * seconds[plain]))
@@ -175,13 +177,13 @@ def time_sere(args, own, processes, images, training, batch):
     low, added, high = statistics.quantiles([a - b for a, b in pairs])
     error = 1.25 * (high - low) / 1.35 / len(pairs) ** 0.5    # of a median, by the quartiles
     processes.say(f"SERE adds {added:.1f} ± {error:.1f} ms to a step of {step:.1f} ms: "
-                  f"{100 * added / step:.1f} ± {100 * error / step:.1f} % (median of {len(pairs)} turns "
-                  "with and without it, standard error)")
+                  f"{100 * added / step:.1f} ± {100 * error / step:.1f} % (median of {len(pairs)} "
+                  "turns with and without it, standard error)")
     return {"added_ms": added, "error_ms": error, "step_ms": step, "turns": len(pairs)}
 
 
 def time_loader(args, processes, rounds=5, most=100):
-    """Measure the loader's work on an image beside bare decoding; return what the JSON line says."""
+    """Measure the loader's work on an image beside bare decoding."""
     if args.data_path == NOISE or processes.distributed:
         raise UserError("--loader needs image files (--data_path), and one process")
     images = build_dataset(args.data_path, "train")
@@ -213,7 +215,7 @@ def time_loader(args, processes, rounds=5, most=100):
         next(batches)
     images_per_s = number * args.batch_size_per_gpu / (time.perf_counter() - start)
     ratio = ms["loader"] / ms["pillow"]
-    print(f"{len(chosen)} images of {args.data_path}, milliseconds an image, each the best of {rounds}")
+    print(f"{len(chosen)} images of {args.data_path}, ms an image, each the best of {rounds}")
     print(f"  decoding (Pillow) {ms['pillow']:6.2f}\n  file to batch     {ms['loader']:6.2f}    "
           f"{ratio:.2f} times as long")
     print(f"{args.num_workers} loader process(es): {images_per_s:.0f} images/s")
@@ -227,7 +229,7 @@ def main(argv=None):
     parser.add_argument("--loader", action="store_true", help="time the loader, on --data_path")
     flag(parser, "steps", 30, SIZE, "steps to take the time of")
     flag(parser, "warmup_steps", 5, SIZE, "steps before them")
-    flag(parser, "turns", 0, "[0, 1e9]", "pairs of steps with SERE and without it; 0: none")
+    flag(parser, "turns", 0, COUNT, "pairs of steps with SERE and without it; 0: none")
     own, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
         print(f"{parser.format_help()}\nand the flags of train.py:\n")

@@ -26,14 +26,16 @@ from support.optim import cosine_schedule, layer_groups
 
 
 class Classifier(nn.Module):
-    """Images (B, 3, H, W), normalized -> logits (B, K), linear in the class token after the final
-    norm, or in the mean patch."""
+    """Images (B, 3, H, W), normalized -> logits (B, K).
+
+    Linear in the class token after the final norm, or in the mean patch.
+    """
 
     def __init__(self, encoder, classes, mean_patch=False):
         super().__init__()
         self.encoder, self.mean_patch = encoder, mean_patch
         self.head = nn.Linear(encoder.dim, classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)    # MAE's: the encoder is to change it first
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)    # MAE's
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images):
@@ -98,7 +100,7 @@ def classification_loss(classes, smoothing, mixup, cutmix):
 
 
 def training_share(images, fraction, seed):
-    """Return the indices of a fraction of each class's images, one at least, drawn with the seed."""
+    """Draw a fraction of each class's images, one at least: their indices."""
     generator = torch.Generator().manual_seed(seed)
     order = labelled(images)[torch.randperm(len(labelled(images)), generator=generator)]
     share = []
@@ -123,8 +125,8 @@ def listed_share(images, names):
             where.setdefault(name, []).append(i)
     found = [where.get("/".join(Path(name).parts[-2:]), where.get(name, [])) for name in names]
     if faults := [name for name, places in zip(names, found) if len(places) != 1]:
-        raise UserError(f"{len(faults)} of {len(names)} files of the list are not among the training "
-                        f"images, or not once, {faults[0]} the first")
+        raise UserError(f"{len(faults)} of {len(names)} files of the list are not among the "
+                        f"training images, or not once, {faults[0]} the first")
     share = [places[0] for places in found]
     if not share or len(set(share)) < len(share):
         raise UserError(f"the list has {len(share)} files, {len(set(share))} different ones")
@@ -137,7 +139,8 @@ def top_accuracies(model, images, size, device, batch_size, num_workers):
     right = torch.zeros(2, dtype=torch.long, device=device)
     chosen = labelled(images).tolist()
     loader = share_loader(images, chosen, size, device, batch_size, num_workers)
-    for x, y in tqdm(loader, desc="accuracy", disable=None if world()[0] == 0 else True, leave=False):
+    silent = None if world()[0] == 0 else True
+    for x, y in tqdm(loader, desc="accuracy", disable=silent, leave=False):
         with autocast(device):
             logits = model(to_input(x, device))
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -171,8 +174,8 @@ def run(args, encoder, size, processes):
     batch = batches.batch_size * processes.size
     processes.say(
         f"finetune, {size} px, {len(share)} of {len(labelled(train))} training images of "
-        f"{args.data_path}, {args.epochs} epochs, batch {batch}, lr {args.lr:g} per 256, layer decay "
-        f"{args.layer_decay}, final epoch")
+        f"{args.data_path}, {args.epochs} epochs, batch {batch}, lr {args.lr:g} per 256, layer "
+        f"decay {args.layer_decay}, final epoch")
     more = f"  top-5 {top5:.1f} %" if train.classes > 5 else ""
     processes.say(f"top-1 {top1:.1f} %{more}  on {len(labelled(val))} validation images")
     return {"images": len(share), "classes": train.classes, "top1": top1, "top5": top5}

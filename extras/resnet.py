@@ -39,12 +39,13 @@ class ResNet50(ResNet):
         super().__init__(Bottleneck, [3, 4, 6, 3], norm_layer=BatchNorm2d)
         del self.fc
         self.norm = nn.Identity()
-        self.image_size, self.patch_size, self.dim, self.depth, self.heads = image_size, 32, 2048, 1, 0
+        self.image_size, self.patch_size, self.dim = image_size, 32, 2048
+        self.depth, self.heads = 1, 0
         self.masked_embed = None    # it has no patches to hide
 
     def forward(self, images, mask=None):
         """Encode images (B, 3, H, W), normalized, as tokens (B, 1 + N, C)."""
-        images = images.contiguous(memory_format=torch.channels_last)    # 1.2 times as fast on a CPU
+        images = images.contiguous(memory_format=torch.channels_last)    # 1.2 times as fast
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         features = x.flatten(2).mT                                       # (B, N, C)

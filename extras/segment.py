@@ -89,13 +89,13 @@ class ImagesWithMasks(Dataset):
         except Exception as error:    # as in data.decode
             raise UserError(f"{path} can't be read as a mask: {error}") from error
         if mask.ndim != 2 or mask.dtype != torch.uint8:
-            raise UserError(f"{path} is no mask of class indices: it is {mode}, not one channel of 8 "
-                            "bits (L) or a palette (P)")
+            raise UserError(f"{path} is no mask of class indices: it is {mode}, not one channel of "
+                            "8 bits (L) or a palette (P)")
         mask[mask == self.ignore_index] = IGNORED
         largest = largest_class(mask)
         if self.classes and largest >= self.classes:
-            raise UserError(f"{path} has class {largest}, but there are {self.classes} classes, from "
-                            "0; is it the --ignore_index?")
+            raise UserError(f"{path} has class {largest}, but there are {self.classes} classes, "
+                            "from 0; is it the --ignore_index?")
         return mask
 
     def __getitem__(self, index):
@@ -133,7 +133,7 @@ def count_classes(images):
 
 
 class Segmenter(nn.Module):
-    """Images (B, 3, H, W), normalized -> logits (B, K, h, w). frozen: train the convolution only."""
+    """Images (B, 3, H, W), normalized -> logits (B, K, h, w). frozen: train the head only."""
 
     def __init__(self, encoder, classes, frozen):
         super().__init__()
@@ -184,8 +184,8 @@ def predict(model, image, size, window=None):
     """Return logits (K, H, W) of a uint8 image (3, H, W), its short side resized to about `size`.
 
     Sides are rounded to whole patches. window: None, the image at once; else square windows of that
-    side, a multiple of the patch size and at most `size`, slide over it, half overlapping, and their
-    logits are averaged.
+    side, a multiple of the patch size and at most `size`, slide over it, half overlapping, and
+    their logits are averaged.
     """
     H, W = image.shape[-2:]
     patch, zoom = model.encoder.patch_size, size / min(H, W)
@@ -206,7 +206,7 @@ def predict(model, image, size, window=None):
 
 
 def starts(length, window):
-    """Return where windows begin that cover `length`, each overlapping half of the next or more."""
+    """Return where windows begin that cover `length`, overlapping by half or more."""
     return sorted({min(i, length - window) for i in range(0, length, max(1, window // 2))})
 
 

@@ -1,12 +1,13 @@
 """Draw what the geometry does and what encoders see, one or several side by side: Fig. 4, 5 and 6.
 
-    python -m extras.visualize attention --pretrained_weights a.pth b.pth --data_path DATA --output a.png
-    python -m extras.visualize relations --pretrained_weights a.pth b.pth --data_path DATA --output r.png
-    python -m extras.visualize invariance --pretrained_weights a.pth b.pth --data_path DATA --output i.png
+    python -m extras.visualize attention --pretrained_weights FILE ... --data_path P --output PNG
+    python -m extras.visualize relations --pretrained_weights FILE ... --data_path P --output PNG
+    python -m extras.visualize invariance --pretrained_weights FILE ... --data_path P --output PNG
 
 The order of the weights is that of the rows and bars.
 
-B batch (images), N patches or sampled points, C channels, M heads, G global views, S side of a picture
+B batch (images), N patches or sampled points, C channels, M heads, G global views, S side of a
+picture
 """
 
 import colorsys
@@ -53,8 +54,8 @@ def draw_views(path, views, boxes, points):
     """Draw the views of a few images with their overlaps and ⊙'s sampling points; a row an image.
 
     views: by resolution, global first, (V, B, 3, S, S). boxes: (views, B, 5). points: a side, for
-    global and for local views. First the first view with its overlap with the second, then each other
-    view with its overlap with the first. One color in the first two pictures is one place.
+    global and for local views. First the first view with its overlap with the second, then each
+    other view with its overlap with the first. One color in the first two pictures is one place.
     """
     G, B, _, S, _ = views[0].shape
     S = S * max(1, 192 // S)
@@ -152,8 +153,8 @@ def overlay_attention(encoder, images, mass=0.6):
 def self_relations(encoder, views, boxes, heads, size):
     """Relate two views (2, B, 3, S, S) with boxes (2, B, 5), at temperature 1.
 
-    The heads h are dropped after training: here h is as before it, BatchNorm and ReLU. Returns A_p of
-    the overlap (2, B, M, size², size²), valid (B,) bool: whether there is one, A_c (2, B, C, C).
+    The heads h are dropped after training: here h is as before it, BatchNorm and ReLU. Returns A_p
+    of the overlap (2, B, M, size², size²), valid (B,) bool: whether there is one, A_c (2, B, C, C).
     """
     r = encoder(views.flatten(0, 1))[:, 1:].float()                          # (2 * B, N, C)
     tokens = F.relu(F.batch_norm(r.flatten(0, 1), None, None, training=True)).view(r.shape)
@@ -206,9 +207,9 @@ def invariance(encoder, loader, heads, size, device):
 def draw_relations(path, encoders, views, boxes, heads, size, images, cells):
     """Draw Fig. 5: a row for each image, encoder and chosen cell (row, column) of the overlap.
 
-    The two views with the overlap (red) and the cell; the cell's spatial self-relation in each, mean
-    over M heads; their difference. Flipped views are turned back. views: (2, B, 3, S, S), boxes: (2,
-    B, 5); images: which of the B are drawn: statistics want more.
+    The two views with the overlap (red) and the cell; the cell's spatial self-relation in each,
+    mean over M heads; their difference. Flipped views are turned back. views: (2, B, 3, S, S),
+    boxes: (2, B, 5); images: which of the B are drawn: statistics want more.
     """
     region, _ = overlap(*boxes)
     relations = [self_relations(encoder, views, boxes, heads, size)[0].mean(dim=2).cpu()
@@ -261,7 +262,7 @@ def draw_bars(path, names, values):
 
 def parse_args(argv=None):
     """Parse the command line; exit with one line where it makes no sense."""
-    usage = "%(prog)s FIGURE --pretrained_weights FILE [FILE ...] --data_path PATH --output FILE.png"
+    usage = "%(prog)s FIGURE --pretrained_weights FILE ... --data_path PATH --output FILE.png"
     parser = Parser("extras.visualize", usage, description="Draw Fig. 4, 5 or 6 for encoders.")
     figures = parser.add_subparsers(dest="figure", required=True, parser_class=Parser)
     for name, help, number in (
@@ -273,15 +274,15 @@ def parse_args(argv=None):
                                help=help, description=help)
         flag(g, "pretrained_weights", None, None, "files as for evaluate.py; one or several, "
              "compared", nargs="+", required=True, metavar="FILE")
-        flag(g, "data_path", None, None, "folder or name as for train.py; the images are of its val, "
-             "if it has one")
+        flag(g, "data_path", None, None, "folder or name as for train.py; the images are of its "
+             "val, if it has one")
         flag(g, "images", None, None, "these images, in place of --data_path's", nargs="+",
              metavar="FILE")
         flag(g, "output", None, None, "picture to write", required=True, metavar="FILE.png")
-        flag(g, "image_size", None, SIZE, "side in pixels; what the first encoder was trained at if "
-             "not given", kind=int)
-        flag(g, "heads", [0], COUNT, "attention heads where files don't tell: one number, or one for "
-             "each file, 0 for those that tell", nargs="+")
+        flag(g, "image_size", None, SIZE, "side in pixels; what the first encoder was trained at "
+             "if not given", kind=int)
+        flag(g, "heads", [0], COUNT, "attention heads where they are not the architecture's: one "
+             "number, or one for each file, 0 for the architecture's", nargs="+")
         flag(g, "seed", 0, COUNT, "which images, and how views are cut")
         flag(g, "number", number, SIZE, "images of --data_path")
         if name == "attention":
@@ -340,7 +341,8 @@ def choose_images(args):
     except NoSplit:
         images = build_dataset(args.data_path, "train")
     number = 64 if args.figure == "relations" else args.number    # a batch, for its statistics
-    return Chosen(images, np.random.default_rng(args.seed).permutation(len(images))[:number].tolist())
+    order = np.random.default_rng(args.seed).permutation(len(images))
+    return Chosen(images, order[:number].tolist())
 
 
 def attention_figure(args, encoders, images, size, device):
@@ -365,7 +367,8 @@ def relations_figure(args, encoders, loader, device):
     if not shown:
         raise UserError("no two views of these images overlap; try another --seed")
     cells = np.random.default_rng(args.seed).integers(0, args.overlap, (args.points, 2)).tolist()
-    draw_relations(args.output, encoders, views, boxes, args.relation_heads, args.overlap, shown, cells)
+    M, size = args.relation_heads, args.overlap
+    draw_relations(args.output, encoders, views, boxes, M, size, shown, cells)
     print(f"{args.output}: {len(shown)} image(s), of each {args.points} cell(s) for "
           f"{', then '.join(args.pretrained_weights)}")
 

@@ -78,7 +78,7 @@ def average_over_processes(x):
 
 
 def gather_from_processes(x):
-    """Concatenate the x (B, ...) of all processes by rank: (processes * B, ...), without a gradient."""
+    """Concatenate a tensor (B, ...) of each process, by rank, without a gradient."""
     x = x.detach().contiguous()
     return collectives.all_gather_tensor(x, 0, dist.group.WORLD) if world()[1] > 1 else x
 
@@ -108,7 +108,8 @@ class BatchNorm(nn.Module):
     def forward(self, x):
         tokens = x.float().flatten(0, -2)
         if world()[1] == 1:    # one fused kernel
-            y = F.batch_norm(tokens, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            affine = (self.weight, self.bias)
+            y = F.batch_norm(tokens, None, None, *affine, training=True, eps=self.eps)
         else:
             mean, variance = moments(tokens, 0)
             y = (tokens - mean) * (variance + self.eps).rsqrt()

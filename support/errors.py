@@ -1,4 +1,4 @@
-"""One class for what a user did wrong, and one line on the terminal for it. A bug keeps its stack."""
+"""One class for what a user did wrong, and one line for it. A bug keeps its stack."""
 
 import contextlib
 import sys

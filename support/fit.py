@@ -1,4 +1,4 @@
-"""The loop of an evaluation that trains something: keys in order, a checkpoint now and then, resume."""
+"""The loop of an evaluation that trains something, with checkpoints to resume from."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ def seed_everything(*key):
 
 
 class Augmented(Dataset):
-    """Key (epoch, i) -> transform(image, target) of images[indices[i]], random by (seed, epoch, i)."""
+    """Key (epoch, i) -> transform(*images[indices[i]]), random by (seed, epoch, i)."""
 
     def __init__(self, images, indices, transform, seed):
         self.images, self.indices, self.transform, self.seed = images, indices, transform, seed
@@ -54,7 +54,8 @@ class TrainingBatches:
 
     def start(self, step):
         rank, processes = world()
-        keys = Batches(len(self.images), self.batch_size, 1, rank, processes, self.images.seed, step)
+        size, seed = self.batch_size, self.images.seed
+        keys = Batches(len(self.images), size, 1, rank, processes, seed, step)
         return iter(DataLoader(
             self.images, batch_sampler=keys, num_workers=self.num_workers,
             worker_init_fn=ignore_signals, pin_memory=self.device.type == "cuda",
@@ -84,8 +85,8 @@ def resumable(args, encoder, size, indices):
 def fit(step, parts, batches, epochs, path, arguments):
     """Call step(number, batch), which returns a loss, for so many epochs of TrainingBatches.
 
-    parts: {name: what has a state}, written to `path` after every epoch, from which a run with equal
-    `arguments` resumes. Raises UserError for a loss that is not finite.
+    parts: {name: what has a state}, written to `path` after every epoch, from which a run with
+    equal `arguments` resumes. Raises UserError for a loss that is not finite.
     """
     first, is_main = 0, world()[0] == 0
     if checkpoint := find_checkpoint(path, arguments, "use another --output_dir"):

@@ -27,18 +27,19 @@ def parameter_groups(network):
 
 
 def clip_gradients(parameters, max_norm):
-    """Scale each parameter's own gradient to at most max_norm, as DINO does; not the global norm."""
+    """Scale each parameter's own gradient to at most max_norm, as DINO does."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))    # (gradients,)
     torch._foreach_mul_(grads, list((max_norm / (norms + 1e-6)).clamp(max=1).unbind()))
 
 
 def layer_groups(encoder, head, decay, weight_decay):
-    """Return groups with layer-wise decay: d layers below the head, decay ** d of its learning rate.
+    """Return groups for layer-wise decay of the learning rate.
 
-    The head and the encoder's final norm are the top, d = 0; then come the blocks (or a ResNet's
-    stages) from the last to the first, and below them the embeddings. No weight decay on biases,
-    norms, and the class and position embeddings. Each group has its share of the rate as "scale".
+    d layers below the head, decay ** d of its rate. The head and the encoder's final norm are
+    the top, d = 0; then come the blocks (or a ResNet's stages) from the last to the first, and
+    below them the embeddings. No weight decay on biases, norms, and the class and position
+    embeddings. Each group has its share of the rate as "scale".
     """
     def layer_of(name):
         block = re.match(r"blocks\.(\d+)\.", name)
@@ -53,7 +54,8 @@ def layer_groups(encoder, head, decay, weight_decay):
     for layer, name, parameter in parameters:
         if parameter.requires_grad:
             decayed = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
-            group = groups.setdefault((layer, decayed), {"params": [], "scale": decay ** (top - layer)})
+            new = {"params": [], "scale": decay ** (top - layer)}
+            group = groups.setdefault((layer, decayed), new)
             group["weight_decay"] = weight_decay * decayed
             group["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]

@@ -1,7 +1,7 @@
 """The command line: flags with their ranges, the recipes of train.py, and checks between two flags.
 
-A flag's default, range and help stand together. A range is an interval as in mathematics: "[0, inf)"
-takes 0 but not inf, "(0, 1]" takes 1 but not 0. nan lies in none.
+A flag's default, range and help stand together. A range is an interval as in mathematics: "[0,
+inf)" takes 0 but not inf, "(0, 1]" takes 1 but not 0. nan lies in none.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, interval):
-    """Return a type for argparse: text -> kind, int or float; refuses what is not in the interval."""
+    """Return a type for argparse: text to an int or float in the interval."""
     low, high = (float(bound) for bound in interval[1:-1].split(","))
 
     def parse(text):
@@ -123,7 +123,7 @@ USAGE = "%(prog)s [--recipe NAME] [--data_path PATH] [--flag value ...]; --help 
 
 
 def parse_train_args(argv=None, prog="train.py"):
-    """Parse and check the command line of train.py; exit with one line where it makes no sense.
+    """Parse and check the command line of train.py; exit with one line for an error.
 
     prog: the program whose command line it is, for that line.
     """
@@ -153,10 +153,10 @@ def parse_train_args(argv=None, prog="train.py"):
 
 def add_run_flags(parser):
     g = parser.add_argument_group("run")
-    flag(g, "recipe", None, None, "a set of defaults; if not given that of --baseline, or dino (the "
-         "paper's Sec. 4.1), or demo without --data_path", choices=list(RECIPES))
-    flag(g, "data_path", None, None, "folder with train/ and val/, any folder of images (labels not "
-         f"needed), or a name: {', '.join(NAMES)}")
+    flag(g, "recipe", None, None, "a set of defaults; if not given that of --baseline, or dino "
+         "(the paper's Sec. 4.1), or demo without --data_path", choices=list(RECIPES))
+    flag(g, "data_path", None, None, "folder with train/ and val/, any folder of images (labels "
+         f"not needed), or a name: {', '.join(NAMES)}")
     flag(g, "output_dir", None, None, "where everything is written, runs/RECIPE if not given; "
          "rerun the same command to resume the run there")
     switch(g, "overwrite", False, "delete any existing run in output_dir")
@@ -190,8 +190,8 @@ def add_encoder_flags(parser):
          "known to have (MoCo v3's ViT-S has 12)")
     flag(g, "drop_path_rate", 0.1, "[0, 1)", "ViT: stochastic depth of the student's last block, "
          "growing linearly with depth")
-    switch(g, "stop_grad_conv1", False, "ViT: keep the patch projection as it was drawn, as MoCo v3 "
-           "does for stability")
+    switch(g, "stop_grad_conv1", False, "ViT: keep the patch projection as it was drawn, as MoCo "
+           "v3 does for stability")
 
 
 def add_relation_flags(parser):
@@ -205,14 +205,14 @@ def add_relation_flags(parser):
     flag(g, "temperature_channel", 0.1, POSITIVE, "t_c of Eq. 4, likewise (Table 13)")
     flag(g, "sharpen", "teacher", None, "who gets t_p and t_c: the teacher as in the authors' "
          "release, or the student as in the text", choices=["teacher", "student"])
-    flag(g, "relation_heads", 6, SIZE, "M, groups of channels with a spatial relation each; divides "
-         "the encoder's dim (Table 12)")
+    flag(g, "relation_heads", 6, SIZE, "M, groups of channels with a spatial relation each; "
+         "divides the encoder's dim (Table 12)")
     flag(g, "overlap_global", 13, SIZE, "points a side sampled in the overlap of two global views; "
          "about the side of their feature map")
     flag(g, "overlap_local", 6, SIZE, "the same where a local view takes part")
     switch(g, "symmetric", False, "leave out the student's prediction heads g (Table 15)")
-    flag(g, "channel_relation", "image", None, "what L_c relates channels over: each image (Eq. 4), "
-         "or the batch, as Barlow Twins does (Table 11)", choices=["image", "batch"])
+    flag(g, "channel_relation", "image", None, "what L_c relates channels over: each image (Eq. "
+         "4), or the batch, as Barlow Twins does (Table 11)", choices=["image", "batch"])
 
 
 def add_embedding_flags(parser):
@@ -221,15 +221,16 @@ def add_embedding_flags(parser):
          "--recipe; dino+ clusters patch embeddings too (Table 10)",
          choices=["dino", "ibot", "mocov3", "dino+"])
     flag(g, "li_weight", 1.0, NOT_NEGATIVE, "weight of L_I; 0 leaves it out (Table 8)")
-    flag(g, "out_dim", 65536, SIZE, "K, outputs of the head; fewer (4096) learn faster on small data")
+    flag(g, "out_dim", 65536, SIZE, "K, outputs of the head; fewer (4096) learn faster on small "
+         "data")
     flag(g, "hidden_dim", 2048, SIZE, "width of the head's MLP")
     flag(g, "momentum_teacher", 0.996, "[0, 1]", "λ of the teacher's update at the start, to 1 by "
          "cosine; nearer 1 (0.9995) for batches of 256 and less")
     g = parser.add_argument_group("DINO, iBOT")
-    switch(g, "norm_last_layer", True, "keep the last layer's rows at length 1; stabler, and better "
-           "for small encoders")
-    flag(g, "warmup_teacher_temp", 0.04, POSITIVE, "teacher temperature at the start; lower it when "
-         "the loss stays at ln(out_dim)")
+    switch(g, "norm_last_layer", True, "keep the last layer's rows at length 1; stabler, and "
+           "better for small encoders")
+    flag(g, "warmup_teacher_temp", 0.04, POSITIVE, "teacher temperature at the start; lower it "
+         "when the loss stays at ln(out_dim)")
     flag(g, "teacher_temp", 0.04, POSITIVE, "teacher temperature after its warm-up; above 0.07 is "
          "unstable")
     flag(g, "warmup_teacher_temp_epochs", 0, COUNT, "epochs of that warm-up, linear; also of the "
@@ -237,12 +238,15 @@ def add_embedding_flags(parser):
     flag(g, "freeze_last_layer", 1, COUNT, "epochs in which the head's last layer stays as it is; "
          "more when the loss does not fall")
     g = parser.add_argument_group("iBOT, DINO+ (patch embeddings)")
-    switch(g, "shared_head", False, "one last layer, of out_dim outputs, for class and patch tokens")
+    switch(g, "shared_head", False, "one last layer, of out_dim outputs, for class and patch "
+           "tokens")
     flag(g, "patch_out_dim", 8192, SIZE, "K of the patches' own last layer, without --shared_head")
-    flag(g, "warmup_teacher_patch_temp", 0.04, POSITIVE, "teacher temperature of patches at the start")
-    flag(g, "teacher_patch_temp", 0.04, POSITIVE, "teacher temperature of patches after the warm-up")
-    flag(g, "pred_ratio", [0.0, 0.3], "[0, 1)", "iBOT: share of a global view's patches hidden from "
-         "the student: one of these, drawn for each view", nargs="+", metavar="SHARE")
+    flag(g, "warmup_teacher_patch_temp", 0.04, POSITIVE, "teacher temperature of patches at the "
+         "start")
+    flag(g, "teacher_patch_temp", 0.04, POSITIVE, "teacher temperature of patches after the "
+         "warm-up")
+    flag(g, "pred_ratio", [0.0, 0.3], "[0, 1)", "iBOT: share of a global view's patches hidden "
+         "from the student: one of these, drawn for each view", nargs="+", metavar="SHARE")
     flag(g, "pred_ratio_var", [0.0, 0.2], "[0, 1)", "iBOT: each share varies by up to so much",
          nargs="+", metavar="SHARE")
     g = parser.add_argument_group("MoCo v3")
@@ -266,8 +270,8 @@ def add_optimizer_flags(parser):
     flag(g, "epochs", 100, SIZE, "passes over the images")
     flag(g, "batch_size_per_gpu", 64, SIZE, "images of a process and forward pass")
     flag(g, "grad_accum_steps", 1, SIZE, "forward passes of an optimizer step")
-    flag(g, "lr", 0.0005, NOT_NEGATIVE, "learning rate per 256 images of the effective batch, after "
-         "warm-up")
+    flag(g, "lr", 0.0005, NOT_NEGATIVE, "learning rate per 256 images of the effective batch, "
+         "after warm-up")
     flag(g, "min_lr", 1e-6, NOT_NEGATIVE, "learning rate at the end, by cosine; not scaled")
     flag(g, "warmup_epochs", 10, COUNT, "epochs of linear warm-up of the learning rate")
     flag(g, "weight_decay", 0.04, NOT_NEGATIVE, "at the start; none on biases and norms")
@@ -311,7 +315,7 @@ def find_fault(args):
             return f"--heads {args.heads} does not divide the {dim} channels of --arch {args.arch}"
     else:
         for unfit, remedy in (
-            (args.baseline == "ibot" and args.li_weight, "another --baseline: it can't hide patches"),
+            (args.baseline == "ibot" and args.li_weight, "another --baseline: it hides no patches"),
             (args.patch_size != 32, "--patch_size 32, its stride"),
             (args.drop_path_rate, "--drop_path_rate 0"),
             (args.stop_grad_conv1, "--no-stop_grad_conv1"),
@@ -327,8 +331,8 @@ LEARNING_RATES = [m * 10.0**e for e in (-4, -3, -2, -1) for m in (1, 2, 5)] + [1
 
 
 def add_weights_flags(parser):
-    flag(parser, "pretrained_weights", None, None, "backbone.pth or checkpoint.pth of train.py, or a "
-         "released file of DINO, iBOT, SERE, MoCo v3, MAE, timm or torchvision", required=True)
+    flag(parser, "pretrained_weights", None, None, "backbone.pth or checkpoint.pth of train.py, or "
+         "a released file of DINO, iBOT, SERE, MoCo v3, MAE, timm or torchvision", required=True)
     flag(parser, "arch", None, None, "what the weights must be; read off them if not given",
          choices=list(ARCHITECTURES))
     flag(parser, "checkpoint_key", None, None, "network of a training checkpoint; if not given the "
@@ -350,8 +354,8 @@ def add_data_flags(parser):
 
 def add_epochs_flags(parser):
     flag(parser, "epochs", 100, SIZE, "passes over the training images")
-    flag(parser, "output_dir", None, None, "where checkpoint.pth is written every epoch, from which "
-         "the same command resumes; if not given a folder beside the weights")
+    flag(parser, "output_dir", None, None, "where checkpoint.pth is written every epoch, from "
+         "which the same command resumes; if not given a folder beside the weights")
 
 
 def add_knn_flags(parser):
@@ -363,12 +367,12 @@ def add_knn_flags(parser):
 def add_linear_flags(parser):
     add_data_flags(parser)
     add_epochs_flags(parser)
-    flag(parser, "lr", LEARNING_RATES, NOT_NEGATIVE, "learning rates per 256 images, trained side by "
-         "side", nargs="+")
-    flag(parser, "holdout", 0.1, "[0, 1)", "share of the training images kept to choose the rate on; "
-         "0: choose on val, as iBOT does")
-    flag(parser, "n_last_blocks", None, SIZE, "blocks whose class tokens are taken; 4, from vit_base "
-         "on and for resnet50 1, if not given", kind=int)
+    flag(parser, "lr", LEARNING_RATES, NOT_NEGATIVE, "learning rates per 256 images, trained side "
+         "by side", nargs="+")
+    flag(parser, "holdout", 0.1, "[0, 1)", "share of the training images kept to choose the rate "
+         "on; 0: choose on val, as iBOT does")
+    flag(parser, "n_last_blocks", None, SIZE, "blocks whose class tokens are taken; 4, from "
+         "vit_base on and for resnet50 1, if not given", kind=int)
     switch(parser, "avgpool_patchtokens", None, "the mean patch too; from vit_base on if not given")
 
 
@@ -378,26 +382,26 @@ def add_finetune_flags(parser):
     flag(parser, "lr", 0.0005, POSITIVE, "learning rate per 256 images, of the head (1e-3 at batch "
          "512)")
     flag(parser, "layer_decay", 0.65, "(0, 1]", "of the learning rate, a layer down")
-    switch(parser, "avgpool_patchtokens", False, "the last block's mean patch in place of the class "
-           "token")
+    switch(parser, "avgpool_patchtokens", False, "the last block's mean patch in place of the "
+           "class token")
     flag(parser, "smoothing", 0.1, "[0, 1)", "of labels")
     flag(parser, "mixup", 0.8, NOT_NEGATIVE, "alpha; 0: without")
     flag(parser, "cutmix", 1.0, NOT_NEGATIVE, "alpha; 0: without")
     flag(parser, "train_fraction", 1.0, "(0, 1]", "of each class's training images, drawn with the "
          "seed")
-    flag(parser, "train_list", None, None, "file of training images, a name a line, as the published "
-         "1 %% and 10 %% lists", metavar="FILE")
+    flag(parser, "train_list", None, None, "file of training images, a name a line, as the "
+         "published 1 %% and 10 %% lists", metavar="FILE")
 
 
 def add_segment_flags(parser):
     add_data_flags(parser)
     add_fit_flags(parser)
     switch(parser, "frozen", False, "train the convolution only: a dense probe")
-    flag(parser, "lr", None, POSITIVE, "learning rate per 256 images; 5e-4, frozen 0.01, if not given",
-         kind=float)
+    flag(parser, "lr", None, POSITIVE, "learning rate per 256 images; 5e-4, frozen 0.01, if not "
+         "given", kind=float)
     flag(parser, "layer_decay", 0.5, "(0, 1]", "of the learning rate, a layer down")
-    flag(parser, "classes", None, SIZE, "their number; 1 + the largest in the training masks if not "
-         "given", kind=int)
+    flag(parser, "classes", None, SIZE, "their number; 1 + the largest in the training masks if "
+         "not given", kind=int)
     flag(parser, "ignore_index", 255, COUNT, "what masks call a pixel that does not count")
     flag(parser, "scale", [0.25, 1.0], "(0, 1]", "range of a training crop's share of the image",
          nargs=2)
@@ -424,14 +428,15 @@ EVALUATIONS = {
     "knn": (add_knn_flags, "weighted k-nearest neighbors"),
     "linear": (add_linear_flags, "linear classification of frozen features"),
     "finetune": (add_finetune_flags, "fine-tuning for classification, with all or few labels"),
-    "segment": (add_segment_flags, "segmentation by a 1 x 1 convolution on the patches; --data_path: "
-                "shapes, voc, or a folder with train/ and val/, images/ and masks/ in each"),
+    "segment": (add_segment_flags, "segmentation by a 1 x 1 convolution on the patches; "
+                "--data_path: shapes, voc, or a folder with train/ and val/, images/ and masks/ in "
+                "each"),
     "export": (add_export_flags, "the encoder alone, as a plain state dict"),
 }
 
 
 def parse_evaluate_args(argv=None):
-    """Parse and check the command line of evaluate.py; exit with one line where it makes no sense."""
+    """Parse and check the command line of evaluate.py; exit with one line for an error."""
     usage = "%(prog)s TASK --pretrained_weights FILE --data_path PATH [--flag value ...]"
     parser = Parser("evaluate.py", usage, description="Measure what a trained encoder is worth.")
     tasks = parser.add_subparsers(dest="task", required=True, parser_class=Parser)
@@ -441,8 +446,9 @@ def parse_evaluate_args(argv=None):
         add_weights_flags(task)
         add_flags(task)
     args = parser.parse_args(argv)
-    if getattr(args, "warmup_epochs", 0) >= getattr(args, "epochs", 1):
-        parser.error(f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
+    warmup, epochs = getattr(args, "warmup_epochs", 0), getattr(args, "epochs", 1)
+    if warmup >= epochs:
+        parser.error(f"--warmup_epochs {warmup} must be less than --epochs {epochs}")
     low, high = getattr(args, "scale", (0, 1))
     if low > high:
         parser.error(f"--scale must rise, not {low:g} {high:g}")

@@ -37,12 +37,14 @@ NOT_TRAINING = {
     "log_every", "compile", "deterministic", "tensorboard",
 }
 
-LOWER_LR = ("Nothing was saved since the last checkpoint, which is whole. Try a lower --lr, a longer "
-            "--warmup_epochs, or --precision bf16 or fp32")
+LOWER_LR = ("Nothing was saved since the last checkpoint, which is whole. Try a lower --lr, a "
+            "longer --warmup_epochs, or --precision bf16 or fp32")
 
 
 def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or "cpu"
 
 
 class Run:
@@ -56,9 +58,11 @@ class Run:
         self.args, self.processes, self.training = args, processes, training
         self.images, self.val = images, val
         self.folder, self.is_main = Path(args.output_dir), processes.rank == 0
-        self.arguments = {name: value for name, value in vars(args).items() if name not in NOT_TRAINING}
+        self.arguments = {name: value for name, value in vars(args).items()
+                          if name not in NOT_TRAINING}
         self.arguments |= {"processes": processes.size, "images": len(images)}
-        self.step, self.sums, self.history = 0, [0.0] * len(TERMS), []    # sums: over the epoch so far
+        self.step, self.history = 0, []
+        self.sums = [0.0] * len(TERMS)    # over the epoch so far
         self.requests = []
         self.resume()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +76,7 @@ class Run:
         self.start_window()
 
     def resume(self):
-        """Take the state of the checkpoint in the folder, if there is one; or delete it, if asked."""
+        """Take the state of the checkpoint in the folder; or delete it, if asked."""
         if self.args.overwrite:
             if self.is_main:
                 for name in ("checkpoint.pth", "backbone.pth", "views.png", "attention.png"):
@@ -108,7 +112,7 @@ class Run:
         """Note a SIGTERM or Ctrl-C from here on; a second one ends the process at once."""
         def note(number, frame):
             self.requests.append(number)
-            sys.stderr.write("\nstopping after this step, with a checkpoint; again to stop at once\n")
+            sys.stderr.write("\nstopping after this step, with a checkpoint; again: at once\n")
             ctrl_c = number == signal.SIGINT
             signal.signal(number, signal.default_int_handler if ctrl_c else signal.SIG_DFL)
 
@@ -122,7 +126,7 @@ class Run:
         self.bar.close()
 
     def stop_asked(self):
-        """Return whether any process was asked to stop; all processes agree, and call it together."""
+        """Return whether any process was asked to stop; all call it together, and agree."""
         return self.processes.sum(len(self.requests)) > 0
 
     # --- what a step leaves -----------------------------------------------------------------------
@@ -155,9 +159,10 @@ class Run:
         Raises UserError naming the first step and the terms in it that are not finite.
         """
         if self.history:
-            values = average_over_processes(torch.stack(self.history)).tolist()    # waits for the GPU
+            values = average_over_processes(torch.stack(self.history)).tolist()    # waits here
             for step, row in enumerate(values, start=self.step - len(values) + 1):
-                if faults := [f"{name} is {x}" for name, x in zip(TERMS, row) if not math.isfinite(x)]:
+                terms = zip(TERMS, row)
+                if faults := [f"{name} is {x}" for name, x in terms if not math.isfinite(x)]:
                     raise UserError(f"{', '.join(faults)} in step {step}. {LOWER_LR}")
             self.sums = [total + sum(column) for total, column in zip(self.sums, zip(*values))]
             self.history, self.last = [], dict(zip(TERMS, values[-1]))
@@ -171,9 +176,10 @@ class Run:
         cuda, unreadable = self.processes.device.type == "cuda", self.processes.sum(self.unreadable)
         if self.is_main:
             self.lines.write(
-                kind="step", step=self.step, epoch=self.step / self.training.steps_per_epoch, **losses,
-                images_per_s=images_per_s, data_wait=self.waited / seconds, unreadable=unreadable,
-                peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if cuda else None, **values,
+                kind="step", step=self.step, epoch=self.step / self.training.steps_per_epoch,
+                **losses, **values, images_per_s=images_per_s, data_wait=self.waited / seconds,
+                peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+                unreadable=unreadable,
             )
         shown = {name: f"{value:.3f}" for name, value in losses.items()}
         shown["images/s"] = f"{images_per_s:.0f}"
@@ -187,11 +193,11 @@ class Run:
     # --- checkpoints and epochs -------------------------------------------------------------------
 
     def save(self):
-        """Write checkpoint.pth and backbone.pth. Raises UserError for weights that are not finite."""
+        """Write checkpoint.pth and backbone.pth. Raises UserError for NaN or infinite weights."""
         self.collect()
-        student = self.training.student
-        norms = torch.stack(torch._foreach_norm(list(student.parameters()))).tolist()
-        faults = [name for (name, _), x in zip(student.named_parameters(), norms) if not math.isfinite(x)]
+        names, parameters = zip(*self.training.student.named_parameters())
+        norms = torch.stack(torch._foreach_norm(parameters)).tolist()
+        faults = [name for name, norm in zip(names, norms) if not math.isfinite(norm)]
         if faults:    # a finite loss can have gradients that are not
             raise UserError(f"{len(faults)} parameters are not finite after step {self.step}, "
                             f"{faults[0]} among them. {LOWER_LR}")
@@ -205,7 +211,8 @@ class Run:
     def end_epoch(self):
         """Write the line of an epoch into the log, with kNN if it is due.
 
-        It follows the checkpoint: a kill during kNN costs the line alone, and `begin` makes up for it.
+        It follows the checkpoint: a kill during kNN costs the line alone, and `begin` makes up for
+        it.
         """
         epoch = self.step // self.training.steps_per_epoch
         means = [total / self.training.steps_per_epoch for total in self.sums]
@@ -220,14 +227,15 @@ class Run:
         self.start_window()
 
     def begin(self):
-        """Say what is resumed, and write the epoch's line that is due: kNN of the untrained encoder."""
+        """Say what is resumed; write an epoch's line that is due, with kNN, first of all steps."""
         if self.step:
             finished = f"{self.folder}/ holds a finished run; for another use another --output_dir"
             self.say(f"going on after step {self.step}" if self.step < self.steps
                      else f"{finished}, or --overwrite")
         if self.args.knn_every and self.val is None:
-            self.say(f"no kNN while training: it needs a folder a class in {self.args.data_path}/train "
-                     f"and {self.args.data_path}/val")
+            path = self.args.data_path
+            self.say(f"no kNN while training: it needs a folder a class in {path}/train and "
+                     f"{path}/val")
         if self.step % self.training.steps_per_epoch == 0:
             if self.processes.sum(int(self.is_main and self.step not in self.lines.epochs)):
                 self.end_epoch()
@@ -261,7 +269,7 @@ class Run:
             self.lines.picture(path, self.step)
 
     def draw_attention(self, number=6):
-        """Draw attention.png: what the class token attends to (Fig. 4). A ResNet has no attention."""
+        """Draw attention.png: what the class token attends to (Fig. 4); none for a ResNet."""
         encoder, images = self.training.teacher.backbone, Readable(self.val or self.images)
         if self.is_main and encoder.heads:
             from extras.visualize import draw_attention
@@ -276,8 +284,8 @@ class Run:
         """Say how the run ended, and draw attention.png unless it was stopped."""
         if self.stop_asked():
             name = signal.Signals(self.requests[0]).name if self.requests else "a signal"
-            self.say(f"stopped by {name} after step {self.step} of {self.steps}; rerun the same command "
-                     "to resume")
+            self.say(f"stopped by {name} after step {self.step} of {self.steps}; rerun the same "
+                     "command to resume")
             return
         self.draw_attention()
         if self.step < self.steps:
@@ -292,11 +300,12 @@ class Run:
 
 
 class Log:
-    """log.jsonl: a JSON object a line, of kind "step" (values of that step) or "epoch" (means over it).
+    """log.jsonl: a JSON object a line, of kind "step" or, with means over it, "epoch".
 
     Lines after `step`, of a run that was cut off later than its checkpoint, are removed, and so is
     what is no such line. `epochs`: the steps at whose end an epoch has its line. tensorboard: write
-    the same to a folder of that name beside it. Raises UserError where TensorBoard is not installed.
+    the same to a folder of that name beside it. Raises UserError where TensorBoard is not
+    installed.
     """
 
     def __init__(self, path, step, tensorboard=False):

@@ -32,11 +32,11 @@ SHAPES = {
 
 
 class Shapes(Dataset):
-    """Images of a blob of paper, printed with one kind of shape over and over: the kind is the label.
+    """Images of a blob of paper, printed with one kind of shape all over: the label.
 
     All else is drawn at random for each image, independent of the label: the paper's outline and
-    place, the print's scale and angle, the color of every single shape, light and noise. Every image
-    has the same mean color. Deterministic by split and index; nothing is stored.
+    place, the print's scale and angle, the color of every single shape, light and noise. Every
+    image has the same mean color. Deterministic by split and index; nothing is stored.
     """
 
     SIZE = 64

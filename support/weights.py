@@ -1,5 +1,4 @@
-"""Encoders from files: this repository's, and those of DINO, iBOT, SERE's release, MoCo v3, MAE, timm
-and torchvision.
+"""Encoders from files: ours, and those of DINO, iBOT, SERE, MoCo v3, MAE, timm and torchvision.
 
 An encoder's shape is read off its weights, but for the attention heads of a ViT, which shapes don't
 tell. MoCo v3's ViT-S has 12, all others 6: its files are known by the names of their keys, and what
@@ -15,8 +14,8 @@ from model import ARCHITECTURES, build_encoder
 from support.distributed import world
 from support.errors import UserError
 
-# Old releases pickle their command line, and NumPy floats in the optimizer's state. These are let in.
-SCALAR = np.float64(0).__reduce__()[0]    # how NumPy rebuilds a scalar: in 1.x numpy.core, then _core
+# Old releases pickle their command line, and NumPy floats in the optimizer's state: let these in.
+SCALAR = np.float64(0).__reduce__()[0]    # how NumPy rebuilds a scalar, in two modules by version
 HARMLESS = [argparse.Namespace, np.dtype, np.float64, type(np.dtype(np.float64))]
 HARMLESS += [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
@@ -79,9 +78,9 @@ def load_encoder(path, arch=None, checkpoint_key=None, heads=None, image_size=No
     """Return an encoder with the weights of a file, in eval mode; print what it is.
 
     arch: a name of ARCHITECTURES that it must be. heads: attention heads, if other than the
-    architecture's. image_size: of the grid that position embeddings are interpolated to; if None the
-    file's own (a ResNet's doesn't tell: 224). Raises UserError for another architecture, naming keys
-    and shapes, and as read_encoder_weights.
+    architecture's. image_size: of the grid that position embeddings are interpolated to; if None
+    the file's own (a ResNet's doesn't tell: 224). Raises UserError for another architecture, naming
+    keys and shapes, and as read_encoder_weights.
     """
     state, dropped, known_heads = read_encoder_weights(path, checkpoint_key)
     found, size, patch_size = recognize(state)
@@ -92,7 +91,8 @@ def load_encoder(path, arch=None, checkpoint_key=None, heads=None, image_size=No
         raise UserError(f"{path} is an encoder with {known_heads} heads: leave out --heads {heads}")
     arch, heads = arch or found, heads or known_heads
     dim = ARCHITECTURES[arch]["dim"]
-    if not heads and arch == "vit_small" and "pos_embed" in state and not state["pos_embed"][0, 0].any():
+    fixed_positions = "pos_embed" in state and not state["pos_embed"][0, 0].any()
+    if not heads and arch == "vit_small" and fixed_positions:
         raise UserError(f"{path} has fixed position embeddings, as MoCo v3's ViT-S with 12 heads, "
                         "which shapes don't tell: give --heads 12, or 6")
     if heads and dim % heads:
@@ -121,7 +121,7 @@ def differences(state, own):
 
 
 def recognize(state):
-    """Return (name in ARCHITECTURES or None, image size, patch size) of an encoder, by its shapes."""
+    """Return (name in ARCHITECTURES or None, image size, patch size), read off shapes."""
     if "cls_token" not in state:
         return "resnet50", 224, 32
     dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape

@@ -16,6 +16,6 @@ def end_workers():
     """Kill the workers of a run that failed: they ignore the SIGTERM that Python would wait for."""
     workers = [process for process in multiprocessing.active_children() if process.daemon]
     if workers and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch takes a worker's death for an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch would take it for an error
     for process in workers:
         process.kill()
