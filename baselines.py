@@ -24,7 +24,10 @@ from support.distributed import BatchNorm, average_over_processes, gather_from_p
 
 
 class Loss(nn.Module):
-    """What the losses have in common, for those that need no more."""
+    """L_I = 0, for --li_weight 0, and what the other losses have in common."""
+
+    def forward(self, student, teacher, teacher_temp, boxes):
+        return boxes.new_zeros(())
 
     def update_center(self):
         """Follow an optimizer step."""
@@ -32,24 +35,6 @@ class Loss(nn.Module):
     def diagnostics(self, teacher, teacher_temp):
         """Return {name: number} about the teacher's outputs, for the log."""
         return {}
-
-
-class NoLoss(Loss):
-    """L_I = 0, for --li_weight 0."""
-
-    def forward(self, student, teacher, teacher_temp, boxes):
-        return boxes.new_zeros(())
-
-
-def mlp(*dims):
-    """Build linear layers with GELU between them, initialized as in DINO."""
-    layers = []
-    for in_dim, out_dim in zip(dims, dims[1:]):
-        layers += [nn.GELU()] if layers else []
-        layers += [nn.Linear(in_dim, out_dim)]
-        nn.init.trunc_normal_(layers[-1].weight, std=0.02)
-        nn.init.zeros_(layers[-1].bias)
-    return nn.Sequential(*layers)
 
 
 def unit_rows(in_dim, out_dim, fixed):
@@ -68,7 +53,14 @@ class DINOHead(nn.Module):
 
     def __init__(self, in_dim, out_dim, norm_last_layer=True, hidden_dim=2048, bottleneck_dim=256):
         super().__init__()
-        self.mlp = mlp(in_dim, hidden_dim, hidden_dim, bottleneck_dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim), nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        for layer in self.mlp[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
         self.last_layer = unit_rows(bottleneck_dim, out_dim, norm_last_layer)
 
     def bottleneck(self, x):

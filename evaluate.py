@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from data import build_dataset, labelled
 from model import ARCHITECTURES
-from support.checkpoint import save
 from support.distributed import Processes, sum_over_processes, world
 from support.errors import UserError, one_line_errors
 from support.fit import Augmented, TrainingBatches, fit, resumable
@@ -131,26 +130,29 @@ def linear_features(encoder, images, blocks, mean_patch):
 
 
 class Probes(nn.Module):
-    """Linear classifiers of one batch, one for each learning rate: (B, C) -> (rates, B, K)."""
+    """Linear classifiers on frozen features, one for each learning rate.
 
-    def __init__(self, dim, classes, rates):
+    Images (B, 3, H, W), normalized -> logits (rates, B, K).
+    """
+
+    def __init__(self, encoder, blocks, mean_patch, classes, rates):
         super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+        self.blocks, self.mean_patch = blocks, mean_patch
+        dim = (blocks + mean_patch) * encoder.dim
         self.probes = nn.ModuleList([nn.Linear(dim, classes) for _ in rates])
         for probe in self.probes:
             nn.init.normal_(probe.weight, std=0.01)
             nn.init.zeros_(probe.bias)
 
-    def forward(self, features):
+    def forward(self, images):
+        with torch.no_grad(), autocast(images.device):
+            features = linear_features(self.encoder, images, self.blocks, self.mean_patch)
         return torch.stack([probe(features) for probe in self.probes])
 
 
-def linear_probes(encoder, images, indices, size, device, args, blocks, mean_patch):
-    """Train Probes for args.lr side by side on frozen features: SGD 0.9, cosine to 0 by epoch."""
-    crop = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
-    images = Augmented(images, indices, crop, args.seed)
-    batches = TrainingBatches(images, args.batch_size_per_gpu, args.num_workers, device)
-    torch.manual_seed(args.seed)
-    probes = Probes((blocks + mean_patch) * encoder.dim, images.images.classes, args.lr).to(device)
+def train_probes(probes, batches, args, device, path, arguments):
+    """Train Probes for args.lr (per 256 images): SGD 0.9, cosine to 0 by epoch."""
     scale = batches.batch_size * world()[1] / 256
     groups = [{"params": probe.parameters(), "lr": 0.0} for probe in probes.probes]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
@@ -161,9 +163,7 @@ def linear_probes(encoder, images, indices, size, device, args, blocks, mean_pat
         cosine = 0.5 * (1 + math.cos(math.pi * (number // batches.steps) / args.epochs))
         for group, rate in zip(optimizer.param_groups, args.lr):
             group["lr"] = rate * scale * cosine
-        with torch.no_grad(), autocast(device):
-            features = linear_features(encoder, to_input(x, device), blocks, mean_patch)
-        logits = network(features).flatten(0, 1)
+        logits = network(to_input(x, device)).flatten(0, 1)
         # Each probe has its own parameters, so the sum of their losses trains each as if alone.
         loss = F.cross_entropy(logits, y.to(device).repeat(len(args.lr)))
         optimizer.zero_grad()
@@ -171,20 +171,17 @@ def linear_probes(encoder, images, indices, size, device, args, blocks, mean_pat
         optimizer.step()
         return loss.detach()
 
-    path, arguments = resumable(args, encoder, size, indices)
-    fit(step, {"probes": probes, "optimizer": optimizer}, batches, args.epochs, path, arguments)
-    return probes
+    parts = {"probes": probes.probes, "optimizer": optimizer}
+    fit(step, parts, batches, args.epochs, path, arguments)
 
 
 @torch.no_grad()
-def probe_accuracies(probes, encoder, images, indices, size, device, args, blocks, mean_patch):
+def probe_accuracies(probes, images, indices, size, device, args):
     """Return the accuracy of each probe on images[i], in %."""
     loader = share_loader(images, indices, size, device, args.batch_size_per_gpu, args.num_workers)
     right = torch.zeros(len(probes.probes), dtype=torch.long, device=device)
     for x, y in loader:
-        with autocast(device):
-            features = linear_features(encoder, to_input(x, device), blocks, mean_patch)
-        right += (probes(features).argmax(dim=-1) == y.to(device)).sum(dim=1)
+        right += (probes(to_input(x, device)).argmax(dim=-1) == y.to(device)).sum(dim=1)
     return (100 * sum_over_processes(right) / len(indices)).tolist()
 
 
@@ -229,10 +226,15 @@ def linear(args, encoder, size, processes):
     number = min(max(round(args.holdout * len(shuffled)), 1), len(shuffled) - 1)
     held, rest = (shuffled[:number], shuffled[number:]) if args.holdout else ([], shuffled)
 
-    shared = (size, processes.device, args, blocks, mean_patch)
-    probes = linear_probes(encoder.requires_grad_(False), train, rest, *shared)
-    on_val = probe_accuracies(probes, encoder, val, labelled(val).tolist(), *shared)
-    on_held = probe_accuracies(probes, encoder, train, held, *shared) if held else on_val
+    device = processes.device
+    crop = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+    crops = Augmented(train, rest, crop, args.seed)
+    batches = TrainingBatches(crops, args.batch_size_per_gpu, args.num_workers, device)
+    path, arguments = resumable(args, encoder, size, rest)
+    probes = Probes(encoder, blocks, mean_patch, train.classes, args.lr).to(device)
+    train_probes(probes, batches, args, device, path, arguments)
+    on_val = probe_accuracies(probes, val, labelled(val).tolist(), size, device, args)
+    on_held = probe_accuracies(probes, train, held, size, device, args) if held else on_val
     chosen = max(range(len(args.lr)), key=lambda i: on_held[i])
 
     tokens = f"class token of the last {blocks} block(s){' and mean patch' if mean_patch else ''}"
@@ -251,21 +253,7 @@ def linear(args, encoder, size, processes):
     }
 
 
-def export(args, encoder, size, processes):
-    """Write the encoder alone, as a plain state dict."""
-    if args.image_size and encoder.heads:
-        encoder.resize(args.image_size)
-    if processes.rank == 0:
-        save(encoder.cpu().state_dict(), Path(args.output))
-    names = "timm's vit_*_patch* (num_classes=0) and DINO's"
-    names = names if encoder.heads else "torchvision's resnet50 (but fc)"
-    processes.say(f"{args.output}: {len(encoder.state_dict())} keys, as in {names}; a strict load")
-    if encoder.heads:
-        processes.say(f"elsewhere, build it with {encoder.heads} heads: its shapes don't tell")
-    return {}
-
-
-TASKS = {"knn": knn, "linear": linear, "export": export}    # extras/ has the others
+TASKS = {"knn": knn, "linear": linear}    # extras/ has the others
 
 
 # --- the front door -------------------------------------------------------------------------------

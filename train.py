@@ -12,24 +12,21 @@ B batch of a process, V views, G global views, S side of a view, N patches
 """
 
 import contextlib
-import os
 import sys
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 
 from augment import BOX, BlockMask, MultiCrop, Photometric
-from baselines import DINOHead, DINOLoss, IBOTHead, IBOTLoss, MoCoHead, MoCoLoss, NoLoss, entropy
+from baselines import DINOHead, DINOLoss, IBOTHead, IBOTLoss, Loss, MoCoHead, MoCoLoss
 from data import Batches, NoSplit, ViewsOfImages, build_dataset, labelled
 from model import Network, Output, build_encoder, update_teacher
-from relations import RelationHead, SelfRelationLoss, spatial_relation
-from sampler import overlap
-from support.distributed import Processes
+from relations import RelationHead, SelfRelationLoss
+from support.distributed import Processes, configure
 from support.errors import UserError, one_line_errors
 from support.optim import clip_gradients, cosine_schedule, parameter_groups
 from support.options import parse_train_args
@@ -113,7 +110,7 @@ def build_embedding_loss(args):
     """Return the loss R of L_I (Eq. 1)."""
     out_dims = (args.out_dim, args.out_dim if args.shared_head else args.patch_out_dim)
     if args.li_weight == 0:
-        return NoLoss()
+        return Loss()
     if args.baseline == "dino":
         return DINOLoss(args.out_dim)
     if args.baseline == "ibot":
@@ -236,20 +233,20 @@ class Training:
             with self.synchronization(micro_step):
                 with self.autocast():
                     with record_function("teacher"), torch.no_grad():
-                        teacher = self.teacher(views[:1], mask)
+                        t = self.teacher(views[:1], mask)
                     with record_function("student"):
-                        student = self.network(views, mask)
+                        s = self.network(views, mask)
                 with record_function("losses"):
                     temp = self.teacher_temp[epoch]
-                    L_I = self.embedding_loss(student.embedding, teacher.embedding, temp, boxes)
-                    L_p, L_c = self.relation_loss(teacher.p, teacher.c, student.p, student.c, boxes)
+                    L_I = self.embedding_loss(s.embedding, t.embedding, temp, boxes)    # Eq. 1
+                    L_p, L_c = self.relation_loss(t.p, t.c, s.p, s.c, boxes)            # Eq. 3, 5
                     loss = args.li_weight * L_I + args.alpha * L_p + args.beta * L_c    # Eq. 6
                 with record_function("backward"):
                     self.scaler.scale(loss / args.grad_accum_steps).backward()
             losses += torch.stack([loss, L_I, L_p, L_c]).detach() / args.grad_accum_steps
         with record_function("update"):
             self.update(step, epoch)
-        return StepOutput(losses, views, boxes, teacher)
+        return StepOutput(losses, views, boxes, t)
 
     def autocast(self):
         """Encode in half precision, if asked; losses stay in float32."""
@@ -278,28 +275,6 @@ class Training:
         update_teacher(self.student, self.teacher, self.momentum[step].item())
         self.embedding_loss.update_center()
 
-    @torch.no_grad()
-    def diagnostics(self, output, step):
-        """Return what shows a collapse, or relations that say nothing: {name: number}.
-
-        Entropies are in nats, at most ln K, ln N and ln C; feature_std is 1 for features that are
-        spread out and 0 for constant ones; overlap is the share of pairs that L_p sees.
-        """
-        teacher, boxes, loss = output.teacher, output.boxes, self.relation_loss
-        G, C = len(teacher.cls), teacher.cls.shape[-1]
-        pairs = [(q, v) for q in range(G) for v in range(len(boxes)) if v != q]
-        valid = [overlap(boxes[q], boxes[v])[1] for q, v in pairs]
-        spread = F.normalize(teacher.cls.float(), dim=-1).std(dim=1, correction=0).mean() * C**0.5
-        values = {"feature_std": spread.item(), "overlap": torch.stack(valid).float().mean().item()}
-        if teacher.p:
-            A_p = spatial_relation(teacher.p[0], loss.heads, loss.t_p1).softmax(dim=-1)
-            values["spatial_entropy"] = entropy(A_p)
-        if teacher.c:
-            A_c = loss.channel_relation(teacher.c[0], loss.t_c1).softmax(dim=-1)
-            values["channel_entropy"] = entropy(A_c)
-        temp = self.teacher_temp[step // self.steps_per_epoch]
-        return values | self.embedding_loss.diagnostics(teacher.embedding, temp)
-
 
 # --- the loop -------------------------------------------------------------------------------------
 
@@ -321,12 +296,12 @@ def build_loader(args, images, processes, start=0):
     )
 
 
-def train(args, processes, training, run, images):
+def train(args, training, run, images):
     """Train from the step that the run is at to the last one, or until it is asked to stop."""
     run.begin()
     training.distribute()
     last_step = min(run.steps, args.max_steps or run.steps)
-    batches = run.watch(build_loader(args, images, processes, run.step))
+    batches = run.watch(build_loader(args, images, training.processes, run.step))
     stopping, output = run.stop_asked(), None
     while run.step < last_step and not stopping:
         step, output = run.step, None    # free the previous step's outputs first
@@ -337,7 +312,7 @@ def train(args, processes, training, run, images):
         if step == 0:
             run.draw_views(output.views, output.boxes)
         if run.step % args.log_every == 0 or ends:
-            run.log(lr=training.lr[step].item(), **training.diagnostics(output, step))
+            run.log(output)
         due = args.checkpoint_steps and run.step % args.checkpoint_steps == 0
         if epoch_ends or stopping or ends or due:
             run.save()
@@ -357,39 +332,6 @@ def build_datasets(args):
     return images, val
 
 
-def configure(args, device):
-    """Decide --precision auto and an open --compile, and set PyTorch's global switches."""
-    cuda = device.type == "cuda"
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # read with the first product
-        torch.use_deterministic_algorithms(True)
-    if args.precision == "auto":
-        own_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.precision = "bf16" if own_bf16 else "fp16" if cuda else "fp32"
-    if args.compile is None:
-        args.compile = cuda
-    if cuda:    # TF32 where autocast leaves float32, but --precision fp32 means what it says
-        torch.set_float32_matmul_precision("highest" if args.precision == "fp32" else "high")
-        torch.backends.cudnn.benchmark = not args.deterministic
-
-
-def describe(args, processes, training, images):
-    """Return lines that say what is trained on what."""
-    summands = [(args.li_weight, f"L_I({args.baseline})"), (args.alpha, "L_p"), (args.beta, "L_c")]
-    loss = " + ".join(f"{weight:g} {name}" for weight, name in summands if weight)
-    labels = f"{images.classes} classes; labels are for kNN only"
-    return [
-        f"{args.recipe}: {args.arch}/{args.patch_size}, L = {loss}",
-        f"{len(images)} images of {args.data_path} "
-        f"({labels if len(labelled(images)) else 'no labels'})",
-        f"{processes.size} process(es) on {processes.device.type}, {args.precision}"
-        f"{', compiled' if args.compile else ''}",
-        f"{args.epochs} epochs of {training.steps_per_epoch} steps; effective batch "
-        f"{training.effective_batch}, learning rate {training.top_lr:.2g}; results go to "
-        f"{args.output_dir}/",
-    ]
-
-
 def main(argv=None):
     """Train as the command line says: a list of str, or sys.argv if None."""
     args = parse_train_args(argv)
@@ -402,9 +344,7 @@ def main(argv=None):
             training = Training(args, processes, len(images))
             run = Run(args, processes, training, images, val)
         with one_line_errors("train.py", status=1), run:
-            for line in describe(args, processes, training, images):
-                run.say(line)
-            train(args, processes, training, run, images)
+            train(args, training, run, images)
     finally:
         processes.close()
     if run.requests:

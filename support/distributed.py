@@ -57,6 +57,22 @@ class Processes:
             dist.destroy_process_group()
 
 
+def configure(args, device):
+    """Decide --precision auto and an open --compile, and set PyTorch's global switches."""
+    cuda = device.type == "cuda"
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # read with the first product
+        torch.use_deterministic_algorithms(True)
+    if args.precision == "auto":
+        own_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if own_bf16 else "fp16" if cuda else "fp32"
+    if args.compile is None:
+        args.compile = cuda
+    if cuda:    # TF32 where autocast leaves float32, but --precision fp32 means what it says
+        torch.set_float32_matmul_precision("highest" if args.precision == "fp32" else "high")
+        torch.backends.cudnn.benchmark = not args.deterministic
+
+
 def world():
     """Return (rank, number of processes)."""
     if dist.is_available() and dist.is_initialized():

@@ -17,13 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from tqdm import tqdm
 
 from augment import normalize
+from baselines import entropy
 from data import Readable, labelled
 from evaluate import knn_accuracy
+from relations import spatial_relation
+from sampler import overlap
 from support.checkpoint import find_checkpoint, save
 from support.distributed import average_over_processes
 from support.errors import UserError
@@ -168,9 +172,11 @@ class Run:
             self.history, self.last = [], dict(zip(TERMS, values[-1]))
         return self.last
 
-    def log(self, **values):
-        """Write a line about the last step into the log, and show it."""
+    def log(self, output):
+        """Write a line about the last step, whose train.StepOutput is given, and show it."""
         losses, (first, start) = self.collect(), self.window
+        lr = self.training.lr[self.step - 1].item()
+        values = {"lr": lr} | diagnostics(self.training, output, self.step - 1)
         seconds = time.perf_counter() - start
         images_per_s = (self.step - first) * self.training.effective_batch / seconds
         cuda, unreadable = self.processes.device.type == "cuda", self.processes.sum(self.unreadable)
@@ -226,8 +232,24 @@ class Run:
         self.sums = [0.0] * len(TERMS)
         self.start_window()
 
+    def describe(self):
+        """Say what is trained on what."""
+        args, size = self.args, self.processes.size
+        terms = [(args.li_weight, f"L_I({args.baseline})"), (args.alpha, "L_p"), (args.beta, "L_c")]
+        loss = " + ".join(f"{weight:g} {name}" for weight, name in terms if weight)
+        labels = f"{self.images.classes} classes; labels are for kNN only"
+        labels = labels if len(labelled(self.images)) else "no labels"
+        compiled = ", compiled" if args.compile else ""
+        self.say(f"{args.recipe}: {args.arch}/{args.patch_size}, L = {loss}")
+        self.say(f"{len(self.images)} images of {args.data_path} ({labels})")
+        self.say(f"{size} process(es) on {self.processes.device.type}, {args.precision}{compiled}")
+        self.say(f"{args.epochs} epochs of {self.training.steps_per_epoch} steps; effective batch "
+                 f"{self.training.effective_batch}, learning rate {self.training.top_lr:.2g}; "
+                 f"results go to {self.folder}/")
+
     def begin(self):
         """Say what is resumed; write an epoch's line that is due, with kNN, first of all steps."""
+        self.describe()
         if self.step:
             finished = f"{self.folder}/ holds a finished run; for another use another --output_dir"
             self.say(f"going on after step {self.step}" if self.step < self.steps
@@ -297,6 +319,29 @@ class Run:
                      f"{self.folder}/backbone.pth --data_path {self.args.data_path}{heads}")
         else:
             self.say(f"done: {self.folder}/backbone.pth")
+
+
+@torch.no_grad()
+def diagnostics(training, output, step):
+    """Return what shows a collapse, or relations that say nothing: {name: number}.
+
+    Entropies are in nats, at most ln K, ln N and ln C; feature_std is 1 for features that are
+    spread out and 0 for constant ones; overlap is the share of pairs that L_p sees.
+    """
+    teacher, boxes, loss = output.teacher, output.boxes, training.relation_loss
+    G, C = len(teacher.cls), teacher.cls.shape[-1]
+    pairs = [(q, v) for q in range(G) for v in range(len(boxes)) if v != q]
+    valid = [overlap(boxes[q], boxes[v])[1] for q, v in pairs]
+    spread = F.normalize(teacher.cls.float(), dim=-1).std(dim=1, correction=0).mean() * C**0.5
+    values = {"feature_std": spread.item(), "overlap": torch.stack(valid).float().mean().item()}
+    if teacher.p:
+        A_p = spatial_relation(teacher.p[0], loss.heads, loss.t_p1).softmax(dim=-1)
+        values["spatial_entropy"] = entropy(A_p)
+    if teacher.c:
+        A_c = loss.channel_relation(teacher.c[0], loss.t_c1).softmax(dim=-1)
+        values["channel_entropy"] = entropy(A_c)
+    temp = training.teacher_temp[step // training.steps_per_epoch]
+    return values | training.embedding_loss.diagnostics(teacher.embedding, temp)
 
 
 class Log:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import train
+from model import VisionTransformer
 from support.run import TERMS
 
 # A few seconds of training: 3 epochs, of 4 steps on 16 images.
@@ -32,6 +33,18 @@ def image_folder(root, classes=2, train=8, val=4, size=(40, 48)):
                 pixels = rng.integers(256, size=(*size, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / split / f"class{label}" / f"{i}.png")
     return root
+
+
+def tiny_vit(**rest):
+    shape = dict(image_size=32, patch_size=8, dim=12, depth=2, heads=3)
+    return VisionTransformer(**(shape | rest)).eval()
+
+
+def picture(H=90, W=120):
+    """A smooth uint8 image with some of everything in it."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, H), torch.linspace(0, 1, W), indexing="ij")
+    waves = 0.6 + 0.4 * torch.sin(20 * x * y)
+    return (255 * torch.stack([x, (x + y) / 2, 1 - y * x]) * waves).to(torch.uint8)
 
 
 def run(folder, output, *flags):
