@@ -58,9 +58,10 @@ class MultiCrop:
         self.mask = mask
 
     def __call__(self, image, key):
-        """Return the Views of image, uint8 (3, H, W): a function of the key and a view's number.
+        """Return the Views of an image, uint8 (3, H, W).
 
-        key: a tuple of non-negative integers, (seed, epoch, index).
+        They are a function of the key and a view's number alone. key: a tuple of non-negative
+        integers, (seed, epoch, index).
         """
         crops, rows, masks = [], [], []
         for view, (size, scale) in enumerate(self.views):
@@ -75,7 +76,7 @@ class MultiCrop:
 
 
 def random_crop(rng, image, size, scale):
-    """Cut a crop as RandomResizedCrop does, flipped half of the time: uint8 (S, S, 3), its box."""
+    """Cut a crop, flipped half of the time; return uint8 (S, S, 3) and its box."""
     H, W = image.shape[-2:]
     top, left, height, width = random_place(rng, H, W, scale)
     # With the colors of a pixel side by side, resizing takes two thirds of the time.
@@ -88,7 +89,7 @@ def random_crop(rng, image, size, scale):
 
 
 def random_place(rng, H, W, scale):
-    """Draw (top, left, height, width) in pixels, as torchvision's RandomResizedCrop does."""
+    """Draw (top, left, height, width) in pixels as torchvision's RandomResizedCrop."""
     for _ in range(10):
         area, aspect = H * W * rng.uniform(*scale), math.exp(rng.uniform(-ASPECT, ASPECT))
         height, width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
@@ -111,7 +112,7 @@ def random_colors(rng, view):
 
 
 class BlockMask:
-    """Draw iBOT's masks: rectangles, as in BEiT, until a share of the patches is hidden.
+    """Draw iBOT's masks: rectangles, until a share of the patches is hidden.
 
     The share is one of `ratios` plus or minus up to its entry in `variances`, each as likely; it is
     not exceeded. A rectangle's sides are in a ratio of 0.3 to 1 / 0.3, its area is at least a ninth
@@ -133,7 +134,7 @@ class BlockMask:
         return torch.from_numpy(mask)
 
     def cover(self, rng, mask, budget):
-        """Hide one more rectangle; return how many patches it adds, 0 if ten draws do not fit."""
+        """Hide one more rectangle; return the patches added, 0 if ten draws do not fit."""
         smallest = (self.grid // 3) ** 2
         for _ in range(10):
             area = smallest + (budget - smallest) * rng.random()
@@ -157,7 +158,7 @@ class Photometric(nn.Module):
     """Jitter, gray, blur, solarize and normalize a batch, each image with its own row."""
 
     def forward(self, images, rows):
-        """Return float32 (B, 3, S, S), normalized, from uint8 (B, S, S, 3) and rows (B, 16)."""
+        """Color uint8 (B, S, S, 3) by rows (B, 16): float32 (B, 3, S, S), normalized."""
         x = images.movedim(-1, 1).float() / 255
         x = jitter(x, rows)
         x = torch.where(per_image(rows[:, GRAY]) > 0, gray(x), x)
@@ -186,7 +187,7 @@ def gray(x):
 
 
 def jitter(x, rows):
-    """Apply torchvision's ColorJitter, with factors and an order of its own for each image.
+    """Apply torchvision's ColorJitter, each image with its own factors and order.
 
     The hue shift is the expensive step, so compute it once, between the steps before and after it.
     """
@@ -226,7 +227,7 @@ def shift_hue(x, turns):
 
 
 def blur(x, sigma):
-    """Blur by a Gaussian of its own sigma (B,) for each image, in pixels; 0 leaves it as it is.
+    """Blur each image by a Gaussian of its own sigma (B,), in pixels; 0 for none.
 
     As two products with (S, S) matrices. At the border the weights inside are renormalized.
     """

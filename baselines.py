@@ -1,4 +1,4 @@
-"""L_I of Eq. 1: the methods that SERE is added to, each a head (P) and a loss (R) side by side.
+"""L_I of Eq. 1: the methods SERE is added to, each a head (P) and a loss (R).
 
 DINO (Caron et al. 2021): the student predicts the teacher's soft cluster assignment of another
 view. iBOT (Zhou et al. 2022): also, of patches hidden from it, the teacher's assignment of the same
@@ -38,7 +38,7 @@ class Loss(nn.Module):
 
 
 def unit_rows(in_dim, out_dim, fixed):
-    """Build a linear layer whose rows have length 1, for good (logits are cosines) or at first."""
+    """Build a linear layer whose rows have length 1: fixed, or to begin with."""
     layer = weight_norm(nn.Linear(in_dim, out_dim, bias=False))
     length = nn.init.ones_(layer.parametrizations.weight.original0)    # (K, 1)
     length.requires_grad_(not fixed)
@@ -75,7 +75,7 @@ class DINOHead(nn.Module):
 
 
 class Center(nn.Module):
-    """Running mean of the teacher's outputs, which keeps one cluster from taking all images.
+    """Running mean of the teacher's outputs: no cluster may take all images.
 
     `add` notes a batch; `update` follows once an optimizer step, however many batches it had.
     """
@@ -102,7 +102,7 @@ class Center(nn.Module):
 
 
 def assign(outputs, center, temperature):
-    """Turn the teacher's outputs (..., K) into cluster assignments, centered and sharpened."""
+    """Center and sharpen the teacher's outputs (..., K): cluster assignments."""
     return ((outputs.detach().float() - center.value) / temperature).softmax(dim=-1)
 
 
@@ -117,7 +117,7 @@ def entropy(assignment):
 
 
 class DINOLoss(Loss):
-    """Cross-entropy between the teacher's assignment and the student's outputs of another view."""
+    """Cross-entropy of the student's outputs with the teacher's for another view."""
 
     def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
         super().__init__()
@@ -159,7 +159,7 @@ class IBOTOutput(NamedTuple):
 
 
 class IBOTHead(DINOHead):
-    """A DINOHead for class tokens and for the patches that are hidden from the student.
+    """A DINOHead for class tokens and for patches hidden from the student.
 
     patch_out_dim: of the patches' own last layer; None to share the one of the class tokens. most:
     P. No other patch is given to the head: that is what makes a large K affordable.
@@ -186,7 +186,7 @@ class IBOTHead(DINOHead):
 
 
 class IBOTLoss(DINOLoss):
-    """DINO's loss on class tokens, plus cross-entropy on each hidden patch of the same view."""
+    """DINO's loss on class tokens, plus cross-entropy on each hidden patch."""
 
     def __init__(self, out_dim, patch_out_dim, student_temp=0.1, center_momentum=0.9):
         super().__init__(out_dim, student_temp, center_momentum)
@@ -194,7 +194,7 @@ class IBOTLoss(DINOLoss):
         self.register_buffer("terms", torch.zeros(2), persistent=False)    # of a batch, for the log
 
     def forward(self, student, teacher, teacher_temp, boxes=None):
-        """Add both terms, of IBOTOutputs for the same mask. teacher_temp: (2,), cls and patches."""
+        """Add both terms, of IBOTOutputs for one mask. teacher_temp: (2,), cls, patch."""
         cls_term = super().forward(student.cls, teacher.cls, teacher_temp[0])
         self.patch_center.add(teacher.mean)
         assignment = assign(teacher.patches, self.patch_center, teacher_temp[1])    # (G, B, P, K)
@@ -226,7 +226,7 @@ class IBOTLoss(DINOLoss):
 
 
 def moco_mlp(*dims):
-    """Build linear layers with BatchNorm and ReLU; the last BatchNorm is the end, not affine."""
+    """Build linear layers with BatchNorm and ReLU; it ends in a plain BatchNorm."""
     layers = []
     for in_dim, out_dim in zip(dims[:-2], dims[1:]):
         layers += [nn.Linear(in_dim, out_dim, bias=False), BatchNorm(out_dim), nn.ReLU()]
@@ -235,7 +235,7 @@ def moco_mlp(*dims):
 
 
 class MoCoHead(nn.Module):
-    """A projector of 3 layers and, for the student, a predictor of 2: (V, B, K) of class tokens.
+    """A projector of 3 layers and the student's predictor of 2: cls -> (V, B, K).
 
     Batch statistics are those of one view, of all processes.
     """

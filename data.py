@@ -1,4 +1,4 @@
-"""Where training images come from: folders, torchvision's data sets, and the drawn `shapes`.
+"""Where training images come from: folders, torchvision's data sets, `shapes`.
 
 A data set here is map-style and gives (uint8 image (3, H, W), label or -1). It has `labels`, a
 tensor of all of them that costs no decoding, and `classes`, their number.
@@ -27,11 +27,11 @@ class NoSplit(UserError):
 
 
 def build_dataset(path, split):
-    """Return the images at `path`, a folder or one of NAMES; split is "train" or "val".
+    """Return the images at `path`, a folder or one of NAMES.
 
-    A folder with train/ and val/ has the labels of the folders in train/. Any other folder is one
-    set of images, nested as it likes, without labels, and has no "val". Raises UserError, NoSplit
-    for a folder without that split.
+    split: "train" or "val". A folder with train/ and val/ has the labels of the folders in train/.
+    Any other folder is one set of images, nested as it likes, without labels, and has no "val".
+    Raises UserError, NoSplit for a folder without that split.
     """
     path = str(path)
     if path == "shapes":
@@ -64,9 +64,10 @@ def decode(path):
 
 
 class ImageFiles(Dataset):
-    """All image files below a folder, sorted; the label is the first folder's number in `classes`.
+    """All image files below a folder, sorted.
 
-    Raises UserError for a folder without images and for a class that is not in `classes`.
+    The label is the number in `classes` of the first folder below root. Raises UserError for a
+    folder without images and for a class that is not in `classes`.
     """
 
     def __init__(self, root, classes):
@@ -114,7 +115,7 @@ class TorchvisionImages(Dataset):
 
 
 def torchvision_images(name, split):
-    """Return CIFAR or STL-10, downloaded on first use; STL-10 with its unlabelled images."""
+    """Return CIFAR or STL-10 (with its unlabelled images), downloaded on first use."""
     train = split == "train"
     try:
         if name == "stl10":
@@ -133,7 +134,7 @@ def torchvision_images(name, split):
 
 
 class Readable(Dataset):
-    """A data set in which the next image that can be read stands in for one that can't."""
+    """A data set in which the next image stands in for one that can't be read."""
 
     def __init__(self, images):
         self.images, self.labels, self.classes = images, images.labels, images.classes
@@ -172,7 +173,7 @@ class ViewsOfImages(Readable):
 
 
 class Batches(Sampler):
-    """Endless lists of keys (epoch, index) for one process, in an order by (seed, epoch).
+    """Endless lists of keys (epoch, index) of a process, ordered by (seed, epoch).
 
     A step is `per_step` batches in each process. The batches of the processes lie side by side in
     the epoch's order, so two processes of B see what one of 2B sees. Images that fill no whole step

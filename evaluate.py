@@ -40,10 +40,11 @@ from support.weights import load_encoder
 @torch.no_grad()
 def extract_features(encoder, images, indices, size, device, batch_size=128, num_workers=0,
                      progress=None, stop_asked=None):
-    """Return class tokens after the final norm, and labels, of images[i]: (N, C), (N,), on device.
+    """Return class tokens after the final norm (N, C), and labels (N,), on device.
 
-    Each process computes its share and receives all. stop_asked is asked between batches, by all
-    processes together; once it says True, the result is None. Raises UserError for a bad image.
+    indices: of the N images. Each process computes its share and receives all. stop_asked is asked
+    between batches, by all processes together; once it says True, the result is None. Raises
+    UserError for a bad image.
     """
     rank, processes = world()
     loader = share_loader(images, indices, size, device, batch_size, num_workers)
@@ -64,10 +65,10 @@ def extract_features(encoder, images, indices, size, device, batch_size=128, num
 
 @torch.no_grad()
 def nearest_neighbors(train_features, test_features, k, most=2**26):
-    """Return cosine similarity and index of the k nearest training images: (N, k), nearest first.
+    """Return cosine and index of the k nearest training images, both (N, k).
 
-    train_features (M, C), test_features (N, C), normalized here. Works in chunks, so that at most
-    `most` similarities are in memory at a time.
+    Nearest first. train_features (M, C), test_features (N, C), normalized here. Works in chunks, so
+    that at most `most` similarities are in memory at a time.
     """
     train = F.normalize(train_features.float(), dim=1)
     chunks = F.normalize(test_features.float(), dim=1).split(max(1, most // len(train)))
@@ -76,13 +77,13 @@ def nearest_neighbors(train_features, test_features, k, most=2**26):
 
 
 def vote(similarity, labels, temperature, classes):
-    """Add up exp(similarity / temperature) of neighbors (N, k) by their labels: (N, K)."""
+    """Add up exp(similarity / temperature) of neighbors (N, k) by label: (N, K)."""
     weight = (similarity / temperature).exp()
     return weight.new_zeros(len(weight), classes).scatter_add_(1, labels, weight)
 
 
 def knn_votes(train_features, train_labels, test_features, k, temperature, classes):
-    """Return the votes of the k nearest training images, weighted as in DINO's kNN: (N, K).
+    """Return the votes of the k nearest training images, as in DINO's kNN: (N, K).
 
     train_features (M, C), train_labels (M,), test_features (N, C); similarity is the cosine.
     """
@@ -93,7 +94,7 @@ def knn_votes(train_features, train_labels, test_features, k, temperature, class
 def knn_accuracy(
     encoder, train, val, size, device, ks=(20,), temperature=0.07, most=None, **options
 ):
-    """Return {k: top-1 accuracy in %} on the labelled images of val, by those of train.
+    """Return {k: top-1 accuracy in %} on the images of val, by those of train.
 
     most: of train, evenly thinned out. options: of extract_features; None if that was stopped.
     """
@@ -120,7 +121,7 @@ def knn_accuracy(
 
 
 def linear_features(encoder, images, blocks, mean_patch):
-    """Concatenate class tokens of the last blocks, `norm` applied: (B, blocks * C) float32.
+    """Concatenate the normed class tokens of the last blocks: (B, blocks * C).
 
     mean_patch adds the mean patch of the last block, C more.
     """
@@ -190,7 +191,7 @@ def probe_accuracies(probes, images, indices, size, device, args):
 
 
 def build_labelled(args):
-    """Return the training and validation images of a classification task. Raises UserError."""
+    """Return the training and validation images of a classification task."""
     train, val = build_dataset(args.data_path, "train"), build_dataset(args.data_path, "val")
     if not (len(labelled(train)) and len(labelled(val))):
         raise UserError(f"{args.data_path} lacks labels: it needs a folder a class in train/, val/")
@@ -214,7 +215,7 @@ def knn(args, encoder, size, processes):
 
 
 def linear(args, encoder, size, processes):
-    """Evaluate by linear probes, DINO's protocol; the rate is chosen on held-out images."""
+    """Evaluate by linear probes, DINO's protocol; held-out images choose the rate."""
     train, val = build_labelled(args)
     if (args.n_last_blocks or 0) > encoder.depth:
         raise UserError(f"--n_last_blocks {args.n_last_blocks}: there are {encoder.depth}")
@@ -281,7 +282,7 @@ def evaluate(args, processes):
 
 
 def main(argv=None):
-    """Evaluate as the command line says: a list of str, or sys.argv if None. Returns the result."""
+    """Evaluate as the command line says (sys.argv if None); return the result."""
     args = parse_evaluate_args(argv)
     with one_line_errors("evaluate.py"):
         processes = Processes()

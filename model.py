@@ -1,5 +1,6 @@
-"""The encoder f, and the two networks that carry it: the student f₂ and its moving average f₁, the
-teacher (Sec. 3.4).
+"""The encoder f, and the two networks that carry it (Sec. 3.4).
+
+These are the student f₂ and its moving average f₁, the teacher.
 
 A Vision Transformer whose parameters have the names of timm and DINO, so that weights travel both
 ways. ResNet-50 (Table 16) is in extras/resnet.py and is used in the same manner.
@@ -88,9 +89,10 @@ def resize_matrix(old, new):
 
 
 class VisionTransformer(nn.Module):
-    """ViT. image_size only sets the grid of the stored position embeddings: any size will do.
+    """ViT. image_size only sets the grid of the position embeddings that are kept.
 
-    masked: has an embedding that stands in for hidden patches, `masked_embed`, as iBOT's student.
+    Any size is understood that patch_size divides. masked: has an embedding that stands in for
+    hidden patches, `masked_embed`, as iBOT's student.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def position_embedding(self, height, width):
-        """Interpolate the position embeddings to a grid of patches: (1, 1 + height * width, C)."""
+        """Interpolate the position embeddings to a grid: (1, 1 + height * width, C)."""
         side = self.image_size // self.patch_size
         if (height, width) == (side, side):
             return self.pos_embed
@@ -144,11 +146,11 @@ class VisionTransformer(nn.Module):
         return x + self.position_embedding(height, width)
 
     def forward(self, images, mask=None):
-        """Encode images (B, 3, H, W), normalized, as tokens (B, 1 + N, C) before the final norm.
+        """Encode images (B, 3, H, W) as tokens (B, 1 + N, C) before the final norm.
 
-        mask: (B, N) bool, True where a patch is hidden. The class token comes first, then the
-        feature map row by row. SERE relates the latter as it is, other uses want `norm(tokens)`.
-        Raises ValueError where patch_size does not divide a side.
+        Images are normalized. mask: (B, N) bool, True where a patch is hidden. The class token
+        comes first, then the feature map row by row. SERE relates the latter as it is, other uses
+        want `norm(tokens)`. Raises ValueError where patch_size does not divide a side.
         """
         x = self.embed(images, mask)
         for block in self.blocks:
@@ -156,7 +158,7 @@ class VisionTransformer(nn.Module):
         return x
 
     def get_intermediate_layers(self, images, n=1):
-        """Return the tokens after each of the last n blocks, `norm` applied: n x (B, 1 + N, C)."""
+        """Return the normed tokens after each of the last n blocks: n x (B, 1 + N, C)."""
         x, layers = self.embed(images), []
         for block in self.blocks:
             x = block(x)
@@ -222,7 +224,7 @@ class Network(nn.Module):
             backbone.norm.requires_grad_(False)    # no loss sees it: DDP would wait for a gradient
 
     def forward(self, views, mask=None):
-        """Encode views, a list by resolution, global first, of (V, B, 3, S, S); return an Output.
+        """Encode views, by resolution, global first, (V, B, 3, S, S), as an Output.
 
         mask: (G, B, N) bool, patches of the global views that an encoder with a `masked_embed` does
         not see; the teacher's head answers for them. Each resolution is one batch for the encoder.

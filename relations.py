@@ -1,4 +1,4 @@
-"""Feature self-relations and their losses: Sec. 3.2 to 3.4 of SERE. Read this file first.
+"""Feature self-relations and their losses, Sec. 3.2 to 3.4. Read this file first.
 
 How the patches of one image resemble each other, and which of its channels fire together, is a
 representation of the image in its own right. Two views of an image must agree on both:
@@ -28,7 +28,7 @@ from support.distributed import BatchNorm, average_over_processes
 
 
 class RelationHead(nn.Module):
-    """Projection h (`project`) and, for the student, prediction g (`predict`) of Eq. 3 and 5.
+    """Projection h (`project`) and, for the student, prediction g (`predict`).
 
     (..., N, C) -> (..., N, C). The teacher has h alone, and so has a symmetric student (Table 15).
     """
@@ -56,12 +56,15 @@ def spatial_relation(p, heads, temperature=1.0):
 
 
 def channel_relation(c, temperature=1.0):
-    """Relate channels by where they fire: Eq. 4 before its Softmax. (B, N, C) -> (B, C, C)."""
+    """Relate channels by where they fire: Eq. 4 before its Softmax.
+
+    c: (B, N, C). Returns (B, C, C).
+    """
     return c.mT @ c / c.shape[1] / temperature
 
 
 def relation_cross_entropy(teacher_logits, student_logits):
-    """Compute Re(G(A), A') of Eq. 3 and 5: cross-entropy of the rows of two relations, their mean.
+    """Compute Re(G(A), A') of Eq. 3 and 5: the mean cross-entropy of their rows.
 
     Both (B, ..., N, N), before the Softmax. Returns (B,). No gradient reaches the teacher.
     """
@@ -70,7 +73,7 @@ def relation_cross_entropy(teacher_logits, student_logits):
 
 
 class SelfRelationLoss(nn.Module):
-    """L_p (Eq. 3) and L_c (Eq. 5), averaged over pairs of a teacher's and another student's view.
+    """L_p (Eq. 3) and L_c (Eq. 5), means over pairs of different views.
 
     heads: M. temperature_spatial, temperature_channel: t_p and t_c of the network that `sharpen`
     names, "teacher" (the released code) or "student" (the text); the other's are 1. overlap_global,

@@ -27,7 +27,7 @@ def overlap(boxes_a, boxes_b):
 
 
 def bilinear_weights(position, length):
-    """Return (B, S, length) weights that read a row of `length` values at position (B, S).
+    """Return weights (B, S, length) that read a row of values at position (B, S).
 
     Value i lies at i. A position beyond the first or last value reads that value.
     """
@@ -36,7 +36,7 @@ def bilinear_weights(position, length):
 
 
 def region_align(tokens, boxes, region, size, shape=None):
-    """Read feature maps at the centers of a region's size x size cells, by bilinear interpolation.
+    """Read feature maps at the centers of a region's size x size cells, bilinearly.
 
     tokens: (B, N, C), the patches of a view row by row; shape: (H, W) of a map that is not square.
     boxes: (B, 5), where the views lie. region: (B, 4), see `overlap`. Returns (B, size * size, C),

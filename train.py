@@ -1,5 +1,6 @@
-"""Train a Vision Transformer (or a ResNet-50) without labels: an existing method (L_I) plus SERE's
-feature self-relations, L = L_I + α L_p + β L_c (Eq. 6).
+"""Train a Vision Transformer without labels, with SERE: L = L_I + α L_p + β L_c.
+
+L_I is an existing method's loss, L_p and L_c are those of feature self-relations (Eq. 6).
 
     python train.py                                     the demo: drawn images, minutes on a CPU
     python train.py --data_path /path/to/imagenet       the paper's Sec. 4.1 (DINO + SERE)
@@ -63,7 +64,7 @@ def build_head(args, dim, student):
 
 
 def build_network(args, student, initial=None):
-    """Return the student, or the teacher, which has no g, no local heads and sees no masks.
+    """Return the student, or the teacher: without g, local heads and masks.
 
     initial: an encoder whose weights it takes.
     """
@@ -88,7 +89,7 @@ def build_network(args, student, initial=None):
 
 
 def build_networks(args):
-    """Return (student, teacher) with the same weights. Raises UserError for a bad --init_from."""
+    """Return (student, teacher) with the same weights."""
     initial = None
     if args.init_from:
         size = args.global_crops_size
@@ -133,7 +134,7 @@ def build_relation_loss(args):
 
 
 def teacher_temperatures(args):
-    """Return the teacher's temperatures: (epochs,), or for cls and patches (epochs, 2)."""
+    """Return the teacher's temperatures, (epochs,), or for cls and patch (epochs, 2)."""
     def warm_up(low, high):
         n = args.warmup_teacher_temp_epochs
         return torch.cat([torch.linspace(low, high, n), torch.full((args.epochs - n,), high)])
@@ -149,7 +150,7 @@ def teacher_temperatures(args):
 
 
 class StepOutput(NamedTuple):
-    """Outputs of one step, for logging. All but the losses are from the last micro-batch."""
+    """Outputs of one step, for logging; but for losses, of the last micro-batch."""
 
     losses: torch.Tensor    # (4,): L, L_I, L_p, L_c, means over micro-batches
     views: list             # by resolution, global first, (V, B, 3, S, S)
@@ -158,7 +159,10 @@ class StepOutput(NamedTuple):
 
 
 class Training:
-    """What learns, and one step of it. Raises UserError for less than a batch of images."""
+    """What learns, and one step of it.
+
+    Raises UserError where there are fewer images than a batch, and for a bad --init_from.
+    """
 
     def __init__(self, args, processes, images):
         """images: their number."""
@@ -259,7 +263,7 @@ class Training:
         return contextlib.nullcontext()
 
     def update(self, step, epoch):
-        """Update the student by its gradients, then the teacher and the center of its outputs."""
+        """Update the student by its gradients, then the teacher and its center."""
         decayed, _ = self.optimizer.param_groups
         decayed["weight_decay"] = self.weight_decay[step].item()
         for group in self.optimizer.param_groups:
@@ -297,7 +301,7 @@ def build_loader(args, images, processes, start=0):
 
 
 def train(args, training, run, images):
-    """Train from the step that the run is at to the last one, or until it is asked to stop."""
+    """Train from the run's step to the last one, or until it is asked to stop."""
     run.begin()
     training.distribute()
     last_step = min(run.steps, args.max_steps or run.steps)

@@ -1,5 +1,6 @@
-"""What the paper compares SERE with, and no recipe uses: DINO+ (Table 10) and relations over the
-batch (Table 11).
+"""What the paper compares SERE with, and no recipe uses.
+
+DINO+ (Table 10), and relations over the batch (Table 11).
 
 B batch, V views, G global views, N patches, C channels, K outputs, S points a side
 """
@@ -13,7 +14,7 @@ from support.distributed import average_over_processes
 
 
 class DINOPlusHead(IBOTHead):
-    """An IBOTHead for the patches of every view: (V, B, K), by resolution (V, B, N, K_patch)."""
+    """An IBOTHead for all patches: (V, B, K), by resolution (V, B, N, K_patch)."""
 
     def forward(self, tokens, mask=None):
         patches = [self.patch_last_layer(self.bottleneck(t[:, :, 1:])) for t in tokens]
@@ -21,7 +22,7 @@ class DINOPlusHead(IBOTHead):
 
 
 class DINOPlusLoss(IBOTLoss):
-    """DINO's loss on class tokens and, equally weighted, on patches at the same place of two views.
+    """DINO's loss on class tokens and on patches at the same place of two views.
 
     Where views overlap, the student predicts the teacher's assignment at ⊙'s points; ⊙ is linear,
     as is the last layer of the head. overlap_global, overlap_local: as in SelfRelationLoss.
@@ -61,9 +62,10 @@ class DINOPlusLoss(IBOTLoss):
 
 
 class BatchRelationLoss(SelfRelationLoss):
-    """SelfRelationLoss whose L_c relates channels over all patches of the batch, of all processes.
+    """SelfRelationLoss whose L_c relates channels over all patches of the batch.
 
-    As Barlow Twins correlates them: one C x C relation a view, not one for each image.
+    Of all processes, as Barlow Twins correlates them: one C x C relation a view, not one for each
+    image.
     """
 
     def channel_relation(self, c, temperature):

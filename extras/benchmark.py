@@ -1,4 +1,4 @@
-"""Measure what a training step costs, part by part, what SERE adds to it, and the loader.
+"""Measure a training step part by part, what SERE adds to it, and the loader.
 
     python -m extras.benchmark                                    a step of the paper's Sec. 4.1
     python -m extras.benchmark --turns 60 --recipe ibot           what SERE adds, to iBOT
@@ -42,7 +42,7 @@ def build(args, processes, images, **changes):
 
 
 def seconds_of(training, batch, steps):
-    """Return the seconds a step takes, over so many steps on one batch; a GPU is waited for."""
+    """Return the seconds a step takes, the mean of some; a GPU is waited for."""
     cuda = training.processes.device.type == "cuda"
     synchronize = torch.cuda.synchronize if cuda else lambda: None
     synchronize()
@@ -121,7 +121,7 @@ def time_step(args, own, processes):
 
 
 def time_sere(args, own, processes, images, training, batch):
-    """Measure what SERE adds, by steps with and without it in turns: two runs differ by more."""
+    """Measure what SERE adds, by steps with and without it in turns."""
     if not (args.li_weight and (args.alpha or args.beta)):
         raise UserError("--turns leaves SERE out: --li_weight, and --alpha or --beta, can't be 0")
     plain, _ = build(args, processes, images, alpha=0.0, beta=0.0)
@@ -144,7 +144,7 @@ def time_sere(args, own, processes, images, training, batch):
 
 
 def time_loader(args, processes, rounds=5, most=100):
-    """Measure the loader's work on an image beside bare decoding; return what JSON says."""
+    """Measure the loader's work on an image beside bare decoding."""
     images = build_dataset(args.data_path, "train")
     if not hasattr(images, "path") or processes.distributed:
         raise UserError("--loader needs image files (--data_path FOLDER), and one process")
@@ -171,7 +171,7 @@ def time_loader(args, processes, rounds=5, most=100):
 
 
 def main(argv=None):
-    """Measure as the command line says: a list of str, or sys.argv if None. Returns a dict."""
+    """Measure as the command line says (sys.argv if None); return what JSON has."""
     parser = argparse.ArgumentParser("extras.benchmark", add_help=False, allow_abbrev=False)
     parser.add_argument("--loader", action="store_true", help="time the loader, on --data_path")
     flag(parser, "steps", 30, SIZE, "steps to take the time of")

@@ -1,4 +1,4 @@
-"""Fine-tuning for classification (Tables 1, 4, 5), with all or few labels: `evaluate.py finetune`.
+"""Fine-tuning for classification (Tables 1, 4, 5): `evaluate.py finetune`.
 
 The recipe is MAE's and iBOT's: AdamW with layer-wise decay, warm-up, a cosine; RandAugment, random
 erasing, mixup, cutmix, label smoothing, stochastic depth.
@@ -44,10 +44,11 @@ class Classifier(nn.Module):
 
 
 def fit_encoder(model, loss, batches, args, device, path, arguments):
-    """Train a model, which has an `encoder` and a `head`, by AdamW with layer-wise decay.
+    """Train a model by AdamW with layer-wise decay.
 
-    loss: (model, images float (B, 3, S, S) in [0, 1], targets) -> scalar. args: epochs,
-    warmup_epochs, lr (per 256 images), min_lr, layer_decay, weight_decay, seed.
+    model: has an `encoder` and a `head`. loss: (model, images float (B, 3, S, S) in [0, 1],
+    targets) -> scalar. args: epochs, warmup_epochs, lr (per 256 images), min_lr, layer_decay,
+    weight_decay, seed.
     """
     top_lr = args.lr * batches.batch_size * world()[1] / 256
     steps, warmup = args.epochs * batches.steps, args.warmup_epochs * batches.steps
@@ -84,7 +85,7 @@ def augmentation(size):
 
 
 def classification_loss(classes, smoothing, mixup, cutmix):
-    """Return the loss of images mixed by mixup or cutmix, each as likely, with smoothed labels.
+    """Return the loss of images mixed by mixup or cutmix, with smoothed labels.
 
     mixup, cutmix: alpha of their Beta(alpha, alpha) shares; 0 leaves either out.
     """
@@ -111,7 +112,7 @@ def training_share(images, fraction, seed):
 
 
 def listed_share(images, names):
-    """Return the indices of the images in a list of names, as the published 1 % and 10 % lists.
+    """Return the indices of the images in a list of names, as the published ones.
 
     A name is `n01440764_10026.JPEG`, with a folder before it where that alone is not unique. Raises
     UserError where the list has none, one twice, one that is not there, or that could be several.

@@ -1,4 +1,4 @@
-"""ResNet-50 as an encoder (Table 16): torchvision's, in the manner of model.VisionTransformer.
+"""ResNet-50 as an encoder (Table 16), used like model.VisionTransformer.
 
 B batch, N = H / 32 * W / 32 places of the last stage, C = 2048 channels
 """
@@ -11,7 +11,7 @@ from support.distributed import moments, world
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose statistics in training are those of all processes, on any backend."""
+    """nn.BatchNorm2d with the statistics of all processes, on any backend."""
 
     def forward(self, x):
         processes = world()[1]

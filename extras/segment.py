@@ -1,4 +1,4 @@
-"""Semantic segmentation by an encoder and one 1 x 1 convolution: `evaluate.py segment`.
+"""Semantic segmentation by a 1 x 1 convolution: `evaluate.py segment`.
 
 Frozen it is a dense probe; fine-tuned it is the paper's ImageNet-S protocol.
 
@@ -133,7 +133,10 @@ def count_classes(images):
 
 
 class Segmenter(nn.Module):
-    """Images (B, 3, H, W), normalized -> logits (B, K, h, w). frozen: train the head only."""
+    """Images (B, 3, H, W), normalized -> logits (B, K, h, w).
+
+    frozen: train the head only.
+    """
 
     def __init__(self, encoder, classes, frozen):
         super().__init__()
@@ -156,7 +159,7 @@ class Segmenter(nn.Module):
 
 
 class CropBoth:
-    """Cut, resize and flip an image and its mask alike: uint8 (3, size, size), (size, size)."""
+    """Cut, resize and flip an image and its mask alike, to size x size."""
 
     def __init__(self, size, scale):
         crop = v2.RandomResizedCrop(
@@ -181,11 +184,11 @@ def segmentation_loss(model, images, masks):
 
 @torch.no_grad()
 def predict(model, image, size, window=None):
-    """Return logits (K, H, W) of a uint8 image (3, H, W), its short side resized to about `size`.
+    """Return logits (K, H, W) of a uint8 image (3, H, W).
 
-    Sides are rounded to whole patches. window: None, the image at once; else square windows of that
-    side, a multiple of the patch size and at most `size`, slide over it, half overlapping, and
-    their logits are averaged.
+    Its short side is resized to about `size`. Sides are rounded to whole patches. window: None, the
+    image at once; else square windows of that side, a multiple of the patch size and at most
+    `size`, slide over it, half overlapping, and their logits are averaged.
     """
     H, W = image.shape[-2:]
     patch, zoom = model.encoder.patch_size, size / min(H, W)
@@ -214,7 +217,7 @@ def starts(length, window):
 
 
 def confusion(prediction, mask, classes):
-    """Count pixels by (true, predicted) class: (K, K) int64. IGNORED in the mask is left out."""
+    """Count pixels by (true, predicted) class, but IGNORED ones: (K, K) int64."""
     counted = mask != IGNORED
     pairs = mask[counted].long() * classes + prediction[counted]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)

@@ -1,4 +1,4 @@
-"""Draw what the geometry does and what encoders see, one or several side by side: Fig. 4, 5 and 6.
+"""Draw what encoders see, one or several side by side: Fig. 4, 5 and 6.
 
     python -m extras.visualize attention --pretrained_weights FILE ... --data_path P --output PNG
     python -m extras.visualize relations --pretrained_weights FILE ... --data_path P --output PNG
@@ -51,11 +51,12 @@ def save_grid(tiles, columns, path):
 
 
 def draw_views(path, views, boxes, points):
-    """Draw the views of a few images with their overlaps and ⊙'s sampling points; a row an image.
+    """Draw the views of a few images, their overlaps and ⊙'s sampling points.
 
-    views: by resolution, global first, (V, B, 3, S, S). boxes: (views, B, 5). points: a side, for
-    global and for local views. First the first view with its overlap with the second, then each
-    other view with its overlap with the first. One color in the first two pictures is one place.
+    A row an image. views: by resolution, global first, (V, B, 3, S, S). boxes: (views, B, 5).
+    points: a side, for global and for local views. First the first view with its overlap with the
+    second, then each other view with its overlap with the first. One color in the first two
+    pictures is one place.
     """
     G, B, _, S, _ = views[0].shape
     S = S * max(1, 192 // S)
@@ -71,7 +72,7 @@ def draw_views(path, views, boxes, points):
 
 
 def mark_region(picture, box, region, size, only=None):
-    """Mark a region of a view in its picture (3, S, S), and the centers of size x size cells in it.
+    """Mark a region of a view in its picture (3, S, S), and its cells' centers.
 
     only: the number of the one cell to mark. Colors tell places: rows by hue, columns by lightness.
     """
@@ -100,13 +101,13 @@ def mark_region(picture, box, region, size, only=None):
 
 @torch.no_grad()
 def class_attention(encoder, images):
-    """Return what the class token attends to in the last block: (B, M, N), rows sum to 1."""
+    """Return what the class token attends to in the last block: (B, M, N)."""
     attention = encoder.get_last_selfattention(images)[:, :, 0, 1:].cpu()
     return attention / attention.sum(dim=-1, keepdim=True)
 
 
 def draw_attention(path, encoder, images):
-    """Draw class-token attention head by head: a row an image, then a picture and color a head.
+    """Draw class-token attention: a row an image, then a picture and color a head.
 
     images: (B, 3, H, W), normalized. Brightness is attention, relative to the head's largest.
     """
@@ -123,16 +124,17 @@ def draw_attention(path, encoder, images):
 
 
 def kept_attention(attention, mass=0.6):
-    """Mark the fewest patches that hold `mass` of a head's attention: (..., N) -> bool (..., N)."""
+    """Mark the fewest patches that hold `mass` of a head's attention (..., N)."""
     values, order = attention.sort(dim=-1, descending=True)
     before = values.cumsum(dim=-1) - values    # what better patches hold already
     return torch.zeros_like(attention, dtype=torch.bool).scatter(-1, order, before < mass)
 
 
 def overlay_attention(encoder, images, mass=0.6):
-    """Color images (B, 3, H, W), normalized, by the head that looks most; pictures in [0, 1].
+    """Color images (B, 3, H, W), normalized, by the head that looks most.
 
-    A patch is colored if it is among those that hold `mass` of a head's attention; others are dark.
+    Returns pictures in [0, 1]. A patch is colored if it is among those that hold `mass` of a head's
+    attention; others are dark.
     """
     H, W = images.shape[-2:]
     attention = class_attention(encoder, images)
@@ -166,15 +168,15 @@ def self_relations(encoder, views, boxes, heads, size):
 
 
 def difference(A):
-    """Return the total variation of the rows of two relations (2, B, ..., N, N), their mean: (B,).
+    """Return the mean total variation of the rows of two relations: (B,).
 
-    0 if they are equal, 1 if they have nothing in common.
+    A: (2, B, ..., N, N). 0 if they are equal, 1 if they have nothing in common.
     """
     return 0.5 * (A[0] - A[1]).abs().sum(dim=-1).flatten(1).mean(dim=1)
 
 
 def color_views(batch, device):
-    """Return the global views (2, B, 3, S, S) of a batch (augment.Views), and their boxes."""
+    """Return the global views (2, B, 3, S, S) of an augment.Views, and their boxes."""
     crops, rows = batch.crops[0].to(device).transpose(0, 1), batch.rows.to(device).transpose(0, 1)
     views = Photometric()(crops.flatten(0, 1), rows.flatten(0, 1))
     return views.unflatten(0, crops.shape[:2]), rows[..., BOX]
@@ -187,7 +189,7 @@ def check_complaints(complaints):
 
 
 def invariance(encoder, loader, heads, size, device):
-    """Return the mean difference of (spatial, channel) self-relations of two views, over a loader.
+    """Return the mean difference of (spatial, channel) relations of two views.
 
     loader: of data.ViewsOfImages. Raises UserError for an image that can't be read.
     """
@@ -205,11 +207,12 @@ def invariance(encoder, loader, heads, size, device):
 
 @torch.no_grad()
 def draw_relations(path, encoders, views, boxes, heads, size, images, cells):
-    """Draw Fig. 5: a row for each image, encoder and chosen cell (row, column) of the overlap.
+    """Draw Fig. 5: a row for each image, encoder and chosen cell of the overlap.
 
-    The two views with the overlap (red) and the cell; the cell's spatial self-relation in each,
-    mean over M heads; their difference. Flipped views are turned back. views: (2, B, 3, S, S),
-    boxes: (2, B, 5); images: which of the B are drawn: statistics want more.
+    cells: (row, column). The two views with the overlap (red) and the cell; the cell's spatial
+    self-relation in each, mean over M heads; their difference. Flipped views are turned back.
+    views: (2, B, 3, S, S), boxes: (2, B, 5); images: which of the B are drawn: statistics want
+    more.
     """
     region, _ = overlap(*boxes)
     relations = [self_relations(encoder, views, boxes, heads, size)[0].mean(dim=2).cpu()
@@ -240,7 +243,7 @@ def heat(values):
 
 
 def draw_bars(path, names, values):
-    """Draw horizontal bars from 0, a group for each title. values: {title: a number a name}."""
+    """Draw bars from 0, a group a title. values: {title: a number for each name}."""
     width, line, left = 720, 22, 240
     picture = Image.new("RGB", (width, (len(names) + 2) * line * len(values)), "white")
     draw = ImageDraw.Draw(picture)

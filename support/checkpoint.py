@@ -8,7 +8,7 @@ from support.errors import UserError
 
 
 def save(state, path):
-    """Save like torch.save, but leave either the old file or the new one, whole, whatever happens.
+    """Save like torch.save, but leave either the old file or the new one, whole.
 
     Raises UserError where it could not be written.
     """

@@ -1,7 +1,8 @@
-"""One process or many, the same training: what torchrun's processes average, gather and normalize.
+"""One process or many, the same training.
 
-In a single process every function here is the identity, or nn's own. The collectives are the
-functional ones: they are differentiable, torch.compile traces them, and they run on gloo and NCCL.
+What torchrun's processes average, gather and normalize together. In a single process every function
+here is the identity, or nn's own. The collectives are the functional ones: they are differentiable,
+torch.compile traces them, and they run on gloo and NCCL.
 
 B batch of a process, C channels
 """
@@ -18,7 +19,7 @@ from support.errors import UserError
 
 
 class Processes:
-    """The processes of this program: this one alone, or torchrun's. Close it at the end.
+    """The processes of this program: this one alone, or torchrun's.
 
     Has rank, size (their number), device, and distributed: whether torchrun started them. Raises
     UserError where a process finds no GPU left.
@@ -58,7 +59,7 @@ class Processes:
 
 
 def configure(args, device):
-    """Decide --precision auto and an open --compile, and set PyTorch's global switches."""
+    """Decide --precision auto and --compile, and set PyTorch's global switches."""
     cuda = device.type == "cuda"
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # read with the first product
@@ -100,7 +101,7 @@ def gather_from_processes(x):
 
 
 def moments(x, dims):
-    """Return the mean and variance of x over dims and all processes, differentiably; dims are kept.
+    """Return mean and variance over dims, which are kept, and over all processes.
 
     Every process holds equally many values. Centered first: features have large means.
     """
@@ -109,7 +110,7 @@ def moments(x, dims):
 
 
 class BatchNorm(nn.Module):
-    """Normalize each channel over all tokens of all processes: (..., C) -> float32 (..., C).
+    """Normalize each channel over all tokens of all processes: (..., C), float32.
 
     nn.SyncBatchNorm refuses CPU tensors and breaks the graph of torch.compile. No running
     statistics: the heads that this is for are dropped after training.

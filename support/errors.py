@@ -7,7 +7,7 @@ import torch
 
 
 class UserError(Exception):
-    """Something that the user can put right. Its message is one line that says what and how."""
+    """Something that the user can put right; one line that says what and how."""
 
 
 @contextlib.contextmanager

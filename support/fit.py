@@ -1,4 +1,4 @@
-"""The loop of an evaluation that trains something, with checkpoints to resume from."""
+"""The loop of an evaluation that trains something, and that can be resumed."""
 
 import hashlib
 import json
@@ -38,10 +38,10 @@ class Augmented(Dataset):
 
 
 class TrainingBatches:
-    """Endless shuffled batches of an Augmented data set: `start(step)` iterates from a step on.
+    """Endless shuffled batches of an Augmented data set.
 
-    batch_size: of a process; no more than there are images. steps: of an epoch. What it yields does
-    not depend on num_workers.
+    `start(step)` iterates from a step on. batch_size: of a process; no more than there are images.
+    steps: of an epoch. What it yields does not depend on num_workers.
     """
 
     def __init__(self, images, batch_size, num_workers, device):
@@ -63,7 +63,7 @@ class TrainingBatches:
 
 
 def resumable(args, encoder, size, indices):
-    """Return the file that the state of a task goes to, and what a run that resumes it must share.
+    """Return the file that a task's state goes to, and what resuming must share.
 
     That is: the arguments, the weights, and which images are trained on. Without --output_dir each
     such combination has a folder of its own beside the weights.
@@ -83,10 +83,10 @@ def resumable(args, encoder, size, indices):
 
 
 def fit(step, parts, batches, epochs, path, arguments):
-    """Call step(number, batch), which returns a loss, for so many epochs of TrainingBatches.
+    """Call step(number, batch), which returns a loss, for some epochs.
 
-    parts: {name: what has a state}, written to `path` after every epoch, from which a run with
-    equal `arguments` resumes. Raises UserError for a loss that is not finite.
+    batches: TrainingBatches. parts: {name: what has a state}, written to `path` after every epoch,
+    from which a run with equal `arguments` resumes. Raises UserError for a loss that is not finite.
     """
     first, is_main = 0, world()[0] == 0
     if checkpoint := find_checkpoint(path, arguments, "use another --output_dir"):

@@ -1,4 +1,4 @@
-"""What an encoder is given in an evaluation: normalized center crops, a share a process."""
+"""What an encoder is given in an evaluation: center crops, a share a process."""
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -33,7 +33,7 @@ class Transformed(Dataset):
 
 
 def share_loader(images, indices, size, device, batch_size, num_workers):
-    """Return a loader of this process's share of the center crops: every size-th from rank on."""
+    """Return a loader of this process's share of the center crops of images."""
     crops = Transformed(images, indices, evaluation_crop(size))
     rank, processes = world()
     return DataLoader(

@@ -7,9 +7,9 @@ import torch
 
 
 def cosine_schedule(base, final, steps, warmup=0, start=0.0):
-    """Return a value a step, (steps,): linear from start to base, at step `warmup`, then by cosine.
+    """Return a value a step, (steps,): linear from start to base, then by cosine.
 
-    The last step has `final`.
+    Step number `warmup` has base, the last one `final`.
     """
     rise = torch.linspace(start, base, warmup + 1, dtype=torch.float64)[:-1]
     fall = torch.linspace(0, math.pi, steps - warmup, dtype=torch.float64)

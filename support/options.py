@@ -1,4 +1,4 @@
-"""The command line: flags with their ranges, the recipes of train.py, and checks between two flags.
+"""The command line: flags with ranges, recipes, and checks between two flags.
 
 A flag's default, range and help stand together. A range is an interval as in mathematics: "[0,
 inf)" takes 0 but not inf, "(0, 1]" takes 1 but not 0. nan lies in none.
@@ -24,7 +24,7 @@ ALIASES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and name the nearest flag to an unknown one."""
+    """An ArgumentParser whose errors are one line, and suggest the nearest flag."""
 
     def __init__(self, prog, usage, **rest):
         super().__init__(prog=prog, usage=usage, allow_abbrev=False, **rest)
@@ -436,7 +436,7 @@ EVALUATIONS = {
 
 
 def parse_evaluate_args(argv=None):
-    """Parse and check the command line of evaluate.py; exit with one line for an error."""
+    """Parse and check the command line of evaluate.py; exit with one line if bad."""
     usage = "%(prog)s TASK --pretrained_weights FILE --data_path PATH [--flag value ...]"
     parser = Parser("evaluate.py", usage, description="Measure what a trained encoder is worth.")
     tasks = parser.add_subparsers(dest="task", required=True, parser_class=Parser)

@@ -1,4 +1,6 @@
-"""The output folder of a training run: resuming, checkpoints, the log, pictures, signals, kNN.
+"""The output folder of a training run, and what happens beside its steps.
+
+Resuming, checkpoints, the log, pictures, signals, and kNN at its times.
 
 What train.py's loop says to it: `run.add(losses)` after every step, `run.log(...)`, `run.save(...)`
 and `run.end_epoch(...)` when they are due, and `run.stop_asked()`.
@@ -52,10 +54,11 @@ def device_name(device):
 
 
 class Run:
-    """A training run in its folder. `step` is how many steps are done; enter it to catch signals.
+    """A training run in its folder. Enter it to catch signals.
 
-    training: train.Training, whose state is resumed here. images, val: data sets; val may be None.
-    Raises UserError where the folder holds a run that this one can't go on from.
+    `step` is how many steps are done. training: train.Training, whose state is resumed here.
+    images, val: data sets; val may be None. Raises UserError where the folder holds a run that this
+    one can't go on from.
     """
 
     def __init__(self, args, processes, training, images, val):
@@ -140,7 +143,7 @@ class Run:
         self.window, self.waited = (self.step, time.perf_counter()), 0.0
 
     def watch(self, loader):
-        """Yield the loader's batches; print and count its complaints, and time the waiting."""
+        """Yield the loader's batches, time the waiting, and pass on its complaints."""
         batches = iter(loader)
         while True:
             asked = time.perf_counter()
@@ -158,7 +161,7 @@ class Run:
         self.bar.update()
 
     def collect(self):
-        """Average the losses noted over processes, add them to the epoch's; return the last step's.
+        """Average the losses noted over processes; return those of the last step.
 
         Raises UserError naming the first step and the terms in it that are not finite.
         """
@@ -199,7 +202,7 @@ class Run:
     # --- checkpoints and epochs -------------------------------------------------------------------
 
     def save(self):
-        """Write checkpoint.pth and backbone.pth. Raises UserError for NaN or infinite weights."""
+        """Write checkpoint.pth and backbone.pth; refuse weights that are not finite."""
         self.collect()
         names, parameters = zip(*self.training.student.named_parameters())
         norms = torch.stack(torch._foreach_norm(parameters)).tolist()
@@ -248,7 +251,7 @@ class Run:
                  f"results go to {self.folder}/")
 
     def begin(self):
-        """Say what is resumed; write an epoch's line that is due, with kNN, first of all steps."""
+        """Say what is trained or resumed, and write an epoch's line that is due."""
         self.describe()
         if self.step:
             finished = f"{self.folder}/ holds a finished run; for another use another --output_dir"

@@ -1,4 +1,6 @@
-"""Encoders from files: ours, and those of DINO, iBOT, SERE, MoCo v3, MAE, timm and torchvision.
+"""Encoders from files: ours, DINO's, iBOT's, SERE's, MoCo v3's, MAE's, timm's.
+
+And torchvision's ResNet-50.
 
 An encoder's shape is read off its weights, but for the attention heads of a ViT, which shapes don't
 tell. MoCo v3's ViT-S has 12, all others 6: its files are known by the names of their keys, and what
@@ -33,10 +35,11 @@ MOCO_HEADS = {384: 12}    # by dim; MoCo v3's ViT-B has 12 like all others
 
 
 def read_encoder_weights(path, checkpoint_key=None):
-    """Return the encoder in a file: (state dict under timm's names, dropped keys, heads or None).
+    """Return the encoder in a file: (state dict, dropped keys, heads or None).
 
-    checkpoint_key: "teacher" or "student", which network of a training checkpoint; if None the one
-    its authors evaluate: the teacher, of MoCo v3 the base encoder. Raises UserError.
+    The state dict is under timm's names. checkpoint_key: "teacher" or "student", which network of a
+    training checkpoint; if None the one its authors evaluate: the teacher, of MoCo v3 the base
+    encoder. Raises UserError.
     """
     try:
         with torch.serialization.safe_globals(HARMLESS):

@@ -5,21 +5,21 @@ import json
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import close, one_line
+from helpers import close, one_line, tiny_vit
 from PIL import Image
 from torch import nn
 
 from augment import Views, denormalize
 from extras import visualize
-from model import VisionTransformer, build_encoder
+from model import build_encoder
 from sampler import region_align
 
 CPU = torch.device("cpu")
 
 
-def tiny_vit(depth=2):
-    return VisionTransformer(32, 8, dim=12, depth=depth, heads=3)
+def patchwork(number):
+    """Return images (number, 3, 32, 32) whose 4 x 4 patches have one color each."""
+    return torch.randn(number, 3, 4, 4).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
 
 
 def read(path):
@@ -37,9 +37,6 @@ def middles(picture, number):
     """Return the colors in the middle of number x number cells of a square picture."""
     cell = len(picture) // number
     return picture[cell // 2 :: cell, cell // 2 :: cell]
-
-
-# --- geometry -------------------------------------------------------------------------------------
 
 
 def test_sampling_points_are_drawn_where_region_align_reads():
@@ -76,23 +73,19 @@ def test_views_have_a_row_an_image_and_are_dark_without_an_overlap(tmp_path):
         close(pixel, shade, rtol=0, atol=1.01 / 255)    # uint8, rounded down
 
 
-# --- attention ------------------------------------------------------------------------------------
-
-
 def class_attention(vit, images):
     """Return what the class token looks at among the patches: (B, M, N)."""
     attention = vit.get_last_selfattention(images)[:, :, 0, 1:]
     return attention / attention.sum(dim=-1, keepdim=True)
 
 
-# The wheel of three colors at a saturation.
 def three_colors(saturation):
-    low = 1 - saturation
-    return torch.eye(3) * saturation + low
+    """Return red, green and blue: (3, 3)."""
+    return 1 - saturation + saturation * torch.eye(3)
 
 
 def test_attention_has_a_row_an_image_and_a_color_a_head(tmp_path):
-    vit, images = tiny_vit(), torch.randn(2, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    vit, images = tiny_vit(), patchwork(2)
     nn.init.normal_(vit.cls_token), nn.init.normal_(vit.blocks[1].attn.qkv.weight)
     visualize.draw_attention(tmp_path / "x.png", vit, images)
     picture, attention = read(tmp_path / "x.png"), class_attention(vit, images)
@@ -133,9 +126,6 @@ def test_overlaid_attention_has_the_colors_of_the_heads_that_look_most():
     assert seen == {0, 1, 2, None}
 
 
-# --- self-relations -------------------------------------------------------------------------------
-
-
 def random_boxes(number):
     """Return boxes (number, 5) that overlap in the middle, some of them flipped."""
     low, high = 0.3 * torch.rand(number, 2), 0.7 + 0.3 * torch.rand(number, 2)
@@ -161,8 +151,7 @@ def test_self_relations_are_aligned_in_the_image():
     """
     vit = tiny_vit(depth=0)
     nn.init.zeros_(vit.pos_embed), nn.init.normal_(vit.patch_embed.proj.weight)
-    view = torch.randn(4, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    boxes = random_boxes(4).repeat(2, 1, 1)
+    view, boxes = patchwork(4), random_boxes(4).repeat(2, 1, 1)
     boxes[1, :, 4] = 1 - boxes[0, :, 4]
     views = torch.stack([view, view.flip(-1)])
     A_p, _, A_c = visualize.self_relations(vit, views, boxes, 3, 4)
@@ -171,13 +160,6 @@ def test_self_relations_are_aligned_in_the_image():
     turned = boxes[:1].repeat(2, 1, 1)    # as if the second were not
     A_p, _, _ = visualize.self_relations(vit, views, turned, 3, 4)
     assert visualize.difference(A_p).min() > 0.01
-
-
-def test_difference_is_total_variation():
-    """Rows with nothing in common are 1 apart, equal ones 0; here half of the rows differ."""
-    A = torch.eye(4).repeat(2, 1, 1, 1)    # (2, B, N, N)
-    A[1, 0, :2] = torch.eye(4)[2:]
-    close(visualize.difference(A), torch.tensor([0.5]))
 
 
 def test_invariance_is_the_mean_over_overlapping_views(monkeypatch):
@@ -209,9 +191,6 @@ def test_figure_5_ends_with_the_difference_and_turns_views_back(tmp_path, monkey
         close(heat, 3 * values / largest, rtol=0, atol=2 / 255)    # one channel of uint8 varies
     assert torch.equal(tile(picture, 0, 0), tile(picture, 0, 1))
     assert tile(picture, 0, 0)[30, 30].max() < 0.1 < tile(picture, 0, 0)[30, 160].min()
-
-
-# --- the command line -----------------------------------------------------------------------------
 
 
 @pytest.fixture
