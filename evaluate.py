@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from data import build_dataset, labelled
 from model import ARCHITECTURES
+from support.checkpoint import check_output
 from support.distributed import Processes, sum_over_processes, world
-from support.errors import UserError, one_line_errors
+from support.errors import UserError
 from support.fit import Augmented, TrainingBatches, fit, resumable
 from support.inputs import autocast, share_loader, to_input
 from support.options import parse_evaluate_args
@@ -201,7 +202,7 @@ def build_labelled(args):
 def knn(args, encoder, size, processes):
     """Evaluate by kNN, DINO's protocol."""
     train, val = build_labelled(args)
-    n, say = len(labelled(train)), processes.say
+    n, say, processes.working = len(labelled(train)), processes.say, True
     accuracy = knn_accuracy(
         encoder, train, val, size, processes.device, args.nb_knn, args.temperature,
         batch_size=args.batch_size_per_gpu, num_workers=args.num_workers,
@@ -232,6 +233,7 @@ def linear(args, encoder, size, processes):
     crops = Augmented(train, rest, crop, args.seed)
     batches = TrainingBatches(crops, args.batch_size_per_gpu, args.num_workers, device)
     path, arguments = resumable(args, encoder, size, rest)
+    processes.working = True
     probes = Probes(encoder, blocks, mean_patch, train.classes, args.lr).to(device)
     train_probes(probes, batches, args, device, path, arguments)
     on_val = probe_accuracies(probes, val, labelled(val).tolist(), size, device, args)
@@ -262,8 +264,7 @@ TASKS = {"knn": knn, "linear": linear}    # extras/ has the others
 
 def evaluate(args, processes):
     """Run the task that the arguments name; return its result, and write it to --json."""
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: its folder does not exist")
+    check_output("json", args.json)
     encoder = load_encoder(
         args.pretrained_weights, args.arch, args.checkpoint_key, args.heads,
         drop_path_rate=getattr(args, "drop_path_rate", 0.0),
@@ -284,12 +285,8 @@ def evaluate(args, processes):
 def main(argv=None):
     """Evaluate as the command line says (sys.argv if None); return the result."""
     args = parse_evaluate_args(argv)
-    with one_line_errors("evaluate.py"):
-        processes = Processes()
-        try:
-            return evaluate(args, processes)
-        finally:
-            processes.close()
+    with Processes("evaluate.py") as processes:
+        return evaluate(args, processes)
 
 
 if __name__ == "__main__":

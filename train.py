@@ -27,8 +27,9 @@ from baselines import DINOHead, DINOLoss, IBOTHead, IBOTLoss, Loss, MoCoHead, Mo
 from data import Batches, NoSplit, ViewsOfImages, build_dataset, labelled
 from model import Network, Output, build_encoder, update_teacher
 from relations import RelationHead, SelfRelationLoss
+from support.checkpoint import output_folder
 from support.distributed import Processes, configure
-from support.errors import UserError, one_line_errors
+from support.errors import UserError
 from support.optim import clip_gradients, cosine_schedule, parameter_groups
 from support.options import parse_train_args
 from support.run import Run
@@ -297,6 +298,7 @@ def build_loader(args, images, processes, start=0):
         ViewsOfImages(images, multicrop, args.seed), batch_sampler=batches,
         num_workers=args.num_workers, worker_init_fn=ignore_signals,
         pin_memory=processes.device.type == "cuda",
+        generator=torch.Generator(),    # or it would draw from the one of stochastic depth
     )
 
 
@@ -339,18 +341,16 @@ def build_datasets(args):
 def main(argv=None):
     """Train as the command line says: a list of str, or sys.argv if None."""
     args = parse_train_args(argv)
-    with one_line_errors("train.py"):
-        processes = Processes()
-    try:
-        with one_line_errors("train.py"):
-            configure(args, processes.device)
-            images, val = build_datasets(args)
-            training = Training(args, processes, len(images))
-            run = Run(args, processes, training, images, val)
-        with one_line_errors("train.py", status=1), run:
+    with Processes("train.py") as processes:
+        configure(args, processes.device)
+        images, val = build_datasets(args)
+        training = Training(args, processes, len(images))
+        with (
+            output_folder(args.output_dir, processes.rank == 0),
+            Run(args, processes, training, images, val) as run,
+        ):
+            processes.working = True
             train(args, training, run, images)
-    finally:
-        processes.close()
     if run.requests:
         sys.exit(128 + run.requests[0])    # as a shell reports a process that a signal ended
 

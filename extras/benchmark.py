@@ -27,8 +27,8 @@ from tqdm import tqdm
 import train
 from data import build_dataset
 from support.distributed import Processes, configure
-from support.errors import UserError, one_line_errors
-from support.options import COUNT, SIZE, flag, parse_train_args
+from support.errors import UserError
+from support.options import COUNT, SIZE, flag, parse_train_args, switch
 from support.run import device_name
 
 PARTS = ("views", "teacher", "student", "losses", "backward", "update")
@@ -48,7 +48,7 @@ def seconds_of(training, batch, steps):
     synchronize()
     start = time.perf_counter()
     for step in range(steps):
-        losses = training.step(step, itertools.repeat(batch)).losses
+        losses = training.step(step % len(training.lr), itertools.repeat(batch)).losses
     synchronize()
     seconds = (time.perf_counter() - start) / steps
     if not losses.isfinite().all():
@@ -91,7 +91,7 @@ def matmul_rate(device, dtype):
     return 2 * n**3 / timer.blocked_autorange(min_run_time=2).median
 
 
-def time_step(args, own, processes):
+def time_step(args, processes):
     """Measure a step; return what the JSON line says."""
     device, say = processes.device, processes.say
     configure(args, device)
@@ -99,10 +99,10 @@ def time_step(args, own, processes):
     training, batch = build(args, processes, images)
     flops, rate = count_flops(training, batch), matmul_rate(device, training.dtype)
     training.distribute()
-    seconds_of(training, batch, own.warmup_steps)
-    seconds = seconds_of(training, batch, own.steps)
+    seconds_of(training, batch, args.warmup_steps)
+    seconds = seconds_of(training, batch, args.steps)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    parts, batch_size = time_parts(training, batch, min(own.steps, 10)), training.effective_batch
+    parts, batch_size = time_parts(training, batch, min(args.steps, 10)), training.effective_batch
     say(f"{args.recipe}: {args.arch}/{args.patch_size}, batch {batch_size}, {processes.size} "
         f"process(es) on {device_name(device)}, {args.precision}")
     for part, ms in parts.items():
@@ -116,11 +116,11 @@ def time_step(args, own, processes):
     result = {"step_ms": 1e3 * seconds, "parts_ms": parts, "images_per_s": batch_size / seconds,
               "mfu": flops / seconds / rate, "tflop": flops / 1e12, "matmul_tflops": rate / 1e12,
               "peak_memory_gib": peak}
-    sere = time_sere(args, own, processes, images, training, batch) if own.turns else {}
+    sere = time_sere(args, processes, images, training, batch) if args.turns else {}
     return facts | result | sere | {"arguments": vars(args)}
 
 
-def time_sere(args, own, processes, images, training, batch):
+def time_sere(args, processes, images, training, batch):
     """Measure what SERE adds, by steps with and without it in turns."""
     if not (args.li_weight and (args.alpha or args.beta)):
         raise UserError("--turns leaves SERE out: --li_weight, and --alpha or --beta, can't be 0")
@@ -128,7 +128,7 @@ def time_sere(args, own, processes, images, training, batch):
     plain.distribute()
     steps = 10 if processes.device.type == "cuda" else 1    # a GPU is waited for after each turn
     with_sere, added = [], []
-    for turn in tqdm(range(-2, own.turns), "turns", disable=None):    # the first two warm up
+    for turn in tqdm(range(-2, args.turns), "turns", disable=None):    # the first two warm up
         order = (training, plain) if turn % 2 else (plain, training)    # neither always first
         ms = {which: 1e3 * seconds_of(which, batch, steps) for which in order}
         if turn >= 0:
@@ -138,9 +138,9 @@ def time_sere(args, own, processes, images, training, batch):
     low, median, high = statistics.quantiles(added) if len(added) > 1 else added * 3
     error = 1.25 * (high - low) / 1.35 / len(added) ** 0.5    # of a median, by the quartiles
     processes.say(f"SERE adds {median:.1f} ± {error:.1f} ms to a step of {step:.1f} ms, "
-                  f"{100 * median / step:.1f} ± {100 * error / step:.1f} % (median of {own.turns} "
+                  f"{100 * median / step:.1f} ± {100 * error / step:.1f} % (median of {args.turns} "
                   "turns, standard error)")
-    return {"sere_ms": median, "sere_error_ms": error, "sere_step_ms": step, "turns": own.turns}
+    return {"sere_ms": median, "sere_error_ms": error, "sere_step_ms": step, "turns": args.turns}
 
 
 def time_loader(args, processes, rounds=5, most=100):
@@ -150,6 +150,9 @@ def time_loader(args, processes, rounds=5, most=100):
         raise UserError("--loader needs image files (--data_path FOLDER), and one process")
     chosen = np.random.default_rng(0).permutation(len(images))[:most].tolist()
     loader = train.build_loader(args, images, processes)
+
+    for index in chosen:
+        images[index]    # one that can't be read is an error
 
     def bare(index):
         with Image.open(images.path(index)) as image:
@@ -170,23 +173,25 @@ def time_loader(args, processes, rounds=5, most=100):
     return {"pillow_ms": pillow, "loader_ms": loader, "ratio": loader / pillow}
 
 
+def add_flags(parser):
+    g = parser.add_argument_group("benchmark")
+    switch(g, "loader", False, "time the loader instead, on the image files of --data_path")
+    flag(g, "steps", 30, SIZE, "steps to take the time of")
+    flag(g, "warmup_steps", 5, SIZE, "steps before them")
+    flag(g, "turns", 0, COUNT, "pairs of steps with SERE and without it; 0: none")
+
+
+def parse_args(argv=None):
+    """Parse the command line, train.py's with some flags more."""
+    argv = ["--data_path", "shapes", *(sys.argv[1:] if argv is None else argv)]
+    return parse_train_args(argv, "extras.benchmark", add_flags)
+
+
 def main(argv=None):
     """Measure as the command line says (sys.argv if None); return what JSON has."""
-    parser = argparse.ArgumentParser("extras.benchmark", add_help=False, allow_abbrev=False)
-    parser.add_argument("--loader", action="store_true", help="time the loader, on --data_path")
-    flag(parser, "steps", 30, SIZE, "steps to take the time of")
-    flag(parser, "warmup_steps", 5, SIZE, "steps before them")
-    flag(parser, "turns", 0, COUNT, "pairs of steps with SERE and without it; 0: none")
-    own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(rest):
-        print(f"{parser.format_help()}\nand the flags of train.py:\n")
-    args = parse_train_args(["--data_path", "shapes", *rest], "extras.benchmark")
-    with one_line_errors("extras.benchmark"):
-        processes = Processes()
-        try:
-            result = time_loader(args, processes) if own.loader else time_step(args, own, processes)
-        finally:
-            processes.close()
+    args = parse_args(argv)
+    with Processes("extras.benchmark") as processes:
+        result = time_loader(args, processes) if args.loader else time_step(args, processes)
     processes.say(json.dumps(result))
     return result
 

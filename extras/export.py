@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from support.checkpoint import save
+from support.checkpoint import check_output, save
 
 
 def run(args, encoder, size, processes):
     """Write the encoder alone, as a plain state dict."""
+    check_output("output", args.output)
     if args.image_size and encoder.heads:
         encoder.resize(args.image_size)
     if processes.rank == 0:

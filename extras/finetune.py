@@ -168,6 +168,7 @@ def run(args, encoder, size, processes):
     batches = TrainingBatches(images, args.batch_size_per_gpu, args.num_workers, device)
     loss = classification_loss(train.classes, args.smoothing, args.mixup, args.cutmix)
     path, arguments = resumable(args, encoder, size, share)
+    processes.working = True
     fit_encoder(model, loss, batches, args, device, path, arguments)
     accuracies = top_accuracies(
         model, val, size, device, args.batch_size_per_gpu, args.num_workers)

@@ -271,6 +271,7 @@ def run(args, encoder, size, processes):
     images = Augmented(train, indices, CropBoth(size, args.scale), args.seed)
     batches = TrainingBatches(images, args.batch_size_per_gpu, args.num_workers, device)
     path, arguments = resumable(args, encoder, size, indices)
+    processes.working = True
     fit_encoder(model, segmentation_loss, batches, args, device, path, arguments)
     window = size if args.sliding else None
     result = evaluate_segmentation(model, val, test_size, window, device)

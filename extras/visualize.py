@@ -1,5 +1,6 @@
-"""Draw what encoders see, one or several side by side: Fig. 4, 5 and 6.
+"""Draw what encoders see, one or several side by side: Fig. 1c, 4, 5 and 6.
 
+    python -m extras.visualize idea --pretrained_weights FILE --data_path P --output PNG
     python -m extras.visualize attention --pretrained_weights FILE ... --data_path P --output PNG
     python -m extras.visualize relations --pretrained_weights FILE ... --data_path P --output PNG
     python -m extras.visualize invariance --pretrained_weights FILE ... --data_path P --output PNG
@@ -18,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, make_grid, save_image
 from tqdm import tqdm
 
@@ -27,10 +29,17 @@ from augment import BOX, MultiCrop, Photometric, denormalize, normalize
 from data import NoSplit, ViewsOfImages, build_dataset, decode
 from relations import channel_relation, spatial_relation
 from sampler import overlap, region_align
-from support.errors import UserError, one_line_errors
+from support.checkpoint import check_output
+from support.distributed import Processes
+from support.errors import UserError
 from support.inputs import autocast, evaluation_crop
 from support.options import COUNT, SIZE, Parser, flag
 from support.weights import load_encoder
+
+
+def project(r):
+    """Apply h to features (B, N, C) as before training, after which it is dropped."""
+    return F.relu(F.batch_norm(r.flatten(0, 1), None, None, training=True)).view(r.shape)
 
 
 def enlarge(pictures, size):
@@ -96,6 +105,73 @@ def mark_region(picture, box, region, size, only=None):
     return picture
 
 
+# --- Fig. 1 (c): self-relations of one image ------------------------------------------------------
+
+
+def spread_out(features, number):
+    """Choose rows of features (N, C) that differ: the longest, then ever the least alike."""
+    unit = F.normalize(features, dim=1)
+    chosen = [int(features.norm(dim=1).argmax())]
+    while len(chosen) < number:
+        chosen.append(int((unit @ unit[chosen].T).amax(dim=1).argmin()))
+    return chosen
+
+
+@torch.no_grad()
+def draw_idea(path, encoder, images, heads, temperatures=(0.5, 0.1)):
+    """Draw six patches of an image with what each resembles, and four channels.
+
+    images: (B, 3, S, S), normalized; the first is drawn, all give BatchNorm its statistics. Above,
+    the image and its rows of A_p, below, the channels and their part of A_c. temperatures: t_p,
+    t_c.
+    """
+    S, side = max(192, images.shape[-1]), images.shape[-1] // encoder.patch_size
+    tokens = project(encoder(images)[:, 1:].float())
+    A_p = spatial_relation(tokens[:1], heads, temperatures[0]).softmax(dim=-1)[0].mean(dim=0).cpu()
+    A_c = channel_relation(tokens[:1], temperatures[1]).softmax(dim=-1)[0].cpu()
+    tokens, colors = tokens[0].cpu(), hues(6, 0.9)
+    picture = enlarge(denormalize(images[:1].cpu()), S)[0]
+    patch, maps = S // side, []
+    for n, color in zip(spread_out(tokens, 6), colors):
+        y, x = n // side, n % side
+        frame(picture[:, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch], color)
+        values = A_p[n].view(side, side) / A_p[n].max()
+        maps.append(frame(enlarge(heat(values)[None], S)[0], color, 4))
+    # two channels that differ, each with the one that it resembles most
+    alike = F.normalize(tokens, dim=0).mT @ F.normalize(tokens, dim=0)
+    pairs = [(k, int(alike.fill_diagonal_(0)[k].argmax())) for k in spread_out(tokens.mT, 2)]
+    chosen = [k for pair in pairs for k in pair]
+    below = [("", torch.ones_like(picture))]
+    for k in chosen:
+        values = tokens[:, k].view(side, side) / tokens[:, k].max()
+        below.append((f"channel {k}", enlarge(heat(values)[None], S)[0]))
+    relation = A_c[chosen][:, chosen]
+    relation = enlarge(heat(relation / relation.max())[None], S)[0]
+    above = [("image", picture)] + [(f"A_p, patch {i}", m) for i, m in enumerate(maps, start=1)]
+    save_labelled([above, [*below, ("A_c of these", relation)]], path)
+
+
+def frame(picture, color, width=2):
+    """Draw a frame of a color (3,) into a picture (3, H, W); return it."""
+    picture[:, :width] = picture[:, -width:] = color[:, None, None]
+    picture[..., :width] = picture[..., -width:] = color[:, None, None]
+    return picture
+
+
+def save_labelled(rows, path, margin=6, line=24):
+    """Save rows of (label, picture (3, S, S) in [0, 1]), each under its label."""
+    S, columns = rows[0][0][1].shape[-1], max(map(len, rows))
+    size = (columns * (S + margin) + margin, len(rows) * (S + line + margin) + margin)
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
+    for i, row in enumerate(rows):
+        for j, (label, picture) in enumerate(row):
+            x, y = margin + j * (S + margin), margin + i * (S + line + margin)
+            draw.text((x, y), label, fill="black", font=font)
+            sheet.paste(to_pil_image(picture), (x, y + line))
+    sheet.save(path)
+
+
 # --- Fig. 4: attention ----------------------------------------------------------------------------
 
 
@@ -155,11 +231,10 @@ def overlay_attention(encoder, images, mass=0.6):
 def self_relations(encoder, views, boxes, heads, size):
     """Relate two views (2, B, 3, S, S) with boxes (2, B, 5), at temperature 1.
 
-    The heads h are dropped after training: here h is as before it, BatchNorm and ReLU. Returns A_p
-    of the overlap (2, B, M, size², size²), valid (B,) bool: whether there is one, A_c (2, B, C, C).
+    Returns A_p of the overlap (2, B, M, size², size²), valid (B,) bool: whether there is one, and
+    A_c (2, B, C, C).
     """
-    r = encoder(views.flatten(0, 1))[:, 1:].float()                          # (2 * B, N, C)
-    tokens = F.relu(F.batch_norm(r.flatten(0, 1), None, None, training=True)).view(r.shape)
+    tokens = project(encoder(views.flatten(0, 1))[:, 1:].float())           # (2 * B, N, C)
     region, valid = overlap(*boxes)
     points = region_align(tokens, boxes.flatten(0, 1), region.repeat(2, 1), size)
     A_p = spatial_relation(points, heads).softmax(dim=-1).unflatten(0, (2, -1))
@@ -266,9 +341,10 @@ def draw_bars(path, names, values):
 def parse_args(argv=None):
     """Parse the command line; exit with one line where it makes no sense."""
     usage = "%(prog)s FIGURE --pretrained_weights FILE ... --data_path PATH --output FILE.png"
-    parser = Parser("extras.visualize", usage, description="Draw Fig. 4, 5 or 6 for encoders.")
+    parser = Parser("extras.visualize", usage, description="Draw Fig. 1c, 4, 5 or 6 for encoders.")
     figures = parser.add_subparsers(dest="figure", required=True, parser_class=Parser)
     for name, help, number in (
+        ("idea", "Fig. 1c: patches and what each resembles, channels and their relation", 64),
         ("attention", "Fig. 4: class-token attention of the last block, a color a head", 8),
         ("relations", "Fig. 5: spatial self-relations of two views, and their difference", 2),
         ("invariance", "Fig. 6: mean difference of self-relations between two views", 1000),
@@ -292,6 +368,8 @@ def parse_args(argv=None):
             flag(g, "mass", 0.6, "(0, 1]", "share of a head's attention that is shown")
             continue
         flag(g, "relation_heads", 6, SIZE, "M")
+        if name == "idea":
+            continue
         flag(g, "overlap", 13, SIZE, "points a side in the overlap")
         flag(g, "num_workers", min(4, os.cpu_count() or 1), COUNT, "loader processes")
         if name == "relations":
@@ -348,13 +426,18 @@ def choose_images(args):
     return Chosen(images, order[:number].tolist())
 
 
+def center_crops(images, size, device):
+    """Return all of the images as an encoder takes them, (B, 3, size, size)."""
+    crop = evaluation_crop(size)
+    crops = torch.stack([crop(images[i][0]) for i in range(len(images))])
+    return normalize(crops.to(device).float() / 255)
+
+
 def attention_figure(args, encoders, images, size, device):
     for path, encoder in zip(args.pretrained_weights, encoders):
         if not encoder.heads:
             raise UserError(f"{path} holds a ResNet, which has no attention")
-    crop = evaluation_crop(size)
-    batch = torch.stack([crop(images[i][0]) for i in range(len(images))]).to(device)
-    batch = normalize(batch.float() / 255)
+    batch = center_crops(images, size, device)
     rows = [overlay_attention(encoder, batch, args.mass) for encoder in encoders]
     tiles = torch.cat([denormalize(batch.cpu()), *rows])
     save_grid(enlarge(tiles, size * max(1, 192 // size)), len(batch), args.output)
@@ -393,8 +476,10 @@ def invariance_figure(args, encoders, loader, size, device):
     return result
 
 
-def draw(args):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def draw(args, processes):
+    device = processes.device
+    for name in ("output", "json"):
+        check_output(name, getattr(args, name, None))
     heads = args.heads * (len(args.pretrained_weights) // len(args.heads))
     encoders = [load_encoder(path, heads=number).to(device)
                 for path, number in zip(args.pretrained_weights, heads)]
@@ -406,9 +491,12 @@ def draw(args):
         if args.figure != "attention" and encoder.dim % args.relation_heads:
             raise UserError(f"--relation_heads {args.relation_heads} does not divide the "
                             f"{encoder.dim} channels of {path}")
-    images = choose_images(args)
+    images, processes.working = choose_images(args), True
     if args.figure == "attention":
         return attention_figure(args, encoders, images, size, device)
+    if args.figure == "idea":
+        batch = center_crops(images, size, device)
+        return draw_idea(args.output, encoders[0], batch, args.relation_heads)
     views = ViewsOfImages(images, MultiCrop(size, local_crops_number=0), args.seed)
     keys = [(0, i) for i in range(len(images))]
     loader = DataLoader(views, min(64, len(images)), sampler=keys, num_workers=args.num_workers)
@@ -420,8 +508,8 @@ def draw(args):
 def main(argv=None):
     """Draw as the command line says: a list of str, or sys.argv if None."""
     args = parse_args(argv)
-    with one_line_errors("extras.visualize"):
-        return draw(args)
+    with Processes("extras.visualize") as processes:
+        return draw(args, processes)
 
 
 if __name__ == "__main__":

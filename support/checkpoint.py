@@ -1,10 +1,56 @@
-"""Files that are whole or not there, and what a run may go on from."""
+"""Files that are whole or not there, one run a folder, and what a run may go on from."""
 
+import contextlib
 import os
+from pathlib import Path
 
 import torch
 
 from support.errors import UserError
+
+try:
+    import fcntl
+except ImportError:    # Windows
+    fcntl = None
+
+
+def check_output(flag, path):
+    """Raise UserError where a file can't be written to `path`, which may be None."""
+    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise UserError(f"--{flag} {path}: it is a folder, or its folder does not exist")
+
+
+LOCKS = set()    # file descriptors of the folders that this process has locked
+
+if fcntl:    # a loader's worker would hold the lock of a killed run for some seconds more
+    os.register_at_fork(after_in_child=lambda: [os.close(lock) for lock in LOCKS])
+
+
+@contextlib.contextmanager
+def output_folder(path, is_main):
+    """Make the folder that a run writes to, and lock it in the first process.
+
+    Raises UserError where it can't be made, or another run is in it. The lock ends with its
+    process, even a killed one.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the output folder {path} can't be made: {error}") from error
+    if not (is_main and fcntl):
+        yield
+        return
+    lock = os.open(path, os.O_RDONLY)
+    LOCKS.add(lock)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"another run is at work in {path}/; give this one another --output_dir"
+                        ) from error
+    finally:
+        LOCKS.remove(lock)
+        os.close(lock)
 
 
 def save(state, path):

@@ -8,6 +8,7 @@ B batch of a process, C channels
 """
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,13 @@ from support.errors import UserError
 class Processes:
     """The processes of this program: this one alone, or torchrun's.
 
-    Has rank, size (their number), device, and distributed: whether torchrun started them. Raises
-    UserError where a process finds no GPU left.
+    Has rank, size (their number), device, and distributed: whether torchrun started them. As a
+    context it ends what a user can put right in one line: UserError, a full GPU, Ctrl-C. Every
+    process that fails says so, with its rank. The exit status is 2, or 1 once `working` is set.
     """
 
-    def __init__(self):
+    def __init__(self, program):
+        self.program, self.working = program, False
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.distributed = "RANK" in os.environ
@@ -33,7 +36,7 @@ class Processes:
         if torch.cuda.is_available():
             local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             if local_rank >= gpus:
-                raise UserError(f"this machine has {gpus} GPUs; lower --nproc_per_node to {gpus}")
+                self.fail(f"this machine has {gpus} GPUs; lower --nproc_per_node to {gpus}")
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         if self.distributed:
@@ -53,9 +56,25 @@ class Processes:
         if self.rank == 0:
             print(*words, flush=True)
 
-    def close(self):
+    def fail(self, message):
+        """Exit with one line."""
+        who = f" (process {self.rank})" if self.size > 1 else ""
+        sys.stderr.write(f"{self.program}: error{who}: {message}\n")
+        sys.exit(1 if self.working else 2)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, stack):
         if self.distributed:
             dist.destroy_process_group()
+        if isinstance(error, UserError):
+            self.fail(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            self.fail(f"{str(error).splitlines()[0]} Lower --batch_size_per_gpu")
+        if isinstance(error, KeyboardInterrupt):
+            sys.stderr.write("\nstopped\n" if self.rank == 0 else "")
+            sys.exit(130)
 
 
 def configure(args, device):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import Batches
-from support.checkpoint import find_checkpoint, save
+from support.checkpoint import find_checkpoint, output_folder, save
 from support.distributed import world
 from support.errors import UserError
 from support.workers import ignore_signals
+
+REMEDY = "use another --output_dir"
 
 
 def seed_everything(*key):
@@ -59,6 +62,7 @@ class TrainingBatches:
         return iter(DataLoader(
             self.images, batch_sampler=keys, num_workers=self.num_workers,
             worker_init_fn=ignore_signals, pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),
         ))
 
 
@@ -66,7 +70,8 @@ def resumable(args, encoder, size, indices):
     """Return the file that a task's state goes to, and what resuming must share.
 
     That is: the arguments, the weights, and which images are trained on. Without --output_dir each
-    such combination has a folder of its own beside the weights.
+    such combination has a folder of its own beside the weights. Raises UserError where the folder
+    can't be used.
     """
     harmless = ("output_dir", "num_workers", "json", "test_size", "sliding", "val_split")
     content = hashlib.sha256(repr(indices).encode())
@@ -78,7 +83,8 @@ def resumable(args, encoder, size, indices):
     weights = Path(args.pretrained_weights).absolute()
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(args.output_dir or weights.parent / f"{weights.stem}-{args.task}-{digest}")
-    folder.mkdir(parents=True, exist_ok=True)
+    with output_folder(folder, world()[0] == 0):    # what can't be is refused before any work
+        find_checkpoint(folder / "checkpoint.pth", arguments, REMEDY)
     return folder / "checkpoint.pth", arguments
 
 
@@ -88,29 +94,38 @@ def fit(step, parts, batches, epochs, path, arguments):
     batches: TrainingBatches. parts: {name: what has a state}, written to `path` after every epoch,
     from which a run with equal `arguments` resumes. Raises UserError for a loss that is not finite.
     """
-    first, is_main = 0, world()[0] == 0
-    if checkpoint := find_checkpoint(path, arguments, "use another --output_dir"):
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        first = checkpoint["epoch"]
-        if is_main:
-            print(f"{path}: resuming after epoch {first} of {epochs}" if first < epochs
-                  else f"{path}: trained before; measured again", flush=True)
-    bar = tqdm(total=epochs * batches.steps, initial=first * batches.steps, unit="step",
-               disable=None if is_main else True, dynamic_ncols=True)
-    iterator = batches.start(first * batches.steps)
-    for epoch in range(first, epochs):
-        for number in range(epoch * batches.steps, (epoch + 1) * batches.steps):
-            loss = step(number, next(iterator))
-            bar.update()
-        loss = loss.item()
-        if not np.isfinite(loss):
-            raise UserError(f"the loss is {loss} in epoch {epoch + 1}; try a lower --lr. {path} is "
-                            "of the epoch before")
-        if is_main:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            save(state | {"epoch": epoch + 1, "arguments": arguments}, path)
-        bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}")
-        if bar.disable and is_main:    # no terminal
-            print(f"epoch {epoch + 1}/{epochs}: loss {loss:.3f}", flush=True)
-    bar.close()
+    is_main = world()[0] == 0
+    with output_folder(path.parent, is_main):
+        first = resume(parts, epochs, path, arguments)
+        bar = tqdm(total=epochs * batches.steps, initial=first * batches.steps, unit="step",
+                   disable=None if is_main else True, dynamic_ncols=True)
+        iterator = batches.start(first * batches.steps)
+        for epoch in range(first, epochs):
+            for number in range(epoch * batches.steps, (epoch + 1) * batches.steps):
+                loss = step(number, next(iterator))
+                bar.update()
+            loss = loss.item()
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} in epoch {epoch + 1}; try a lower --lr. "
+                                f"{path} is of the epoch before")
+            if is_main:
+                state = {name: part.state_dict() for name, part in parts.items()}
+                save(state | {"epoch": epoch + 1, "arguments": arguments}, path)
+            bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}")
+            if bar.disable and is_main:    # no terminal
+                print(f"epoch {epoch + 1}/{epochs}: loss {loss:.3f}", flush=True)
+        bar.close()
+
+
+def resume(parts, epochs, path, arguments):
+    """Load the state of parts from `path`, if it is there; return how many epochs are done."""
+    checkpoint = find_checkpoint(path, arguments, REMEDY)
+    if not checkpoint:
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(checkpoint[name])
+    done = checkpoint["epoch"]
+    if world()[0] == 0:
+        print(f"{path}: resuming after epoch {done} of {epochs}" if done < epochs
+              else f"{path}: trained before; measured again", flush=True)
+    return done

@@ -7,6 +7,7 @@ inf)" takes 0 but not inf, "(0, 1]" takes 1 but not 0. nan lies in none.
 import argparse
 import difflib
 import os
+import re
 import sys
 
 from data import NAMES
@@ -26,23 +27,26 @@ ALIASES = {
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and suggest the nearest flag."""
 
-    def __init__(self, prog, usage, **rest):
+    def __init__(self, prog, usage, strict=True, **rest):
+        """strict: an unknown flag is an error in parse_known_args, too, as tasks are parsed by."""
         super().__init__(prog=prog, usage=usage, allow_abbrev=False, **rest)
+        self.strict = strict
 
     def error(self, message):
         sys.stderr.write(f"{self.prog}: error: {message}\n")
         sys.exit(2)
 
-    def parse_args(self, argv=None):
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
+    def parse_known_args(self, argv=None, namespace=None):
+        args, unknown = super().parse_known_args(argv, namespace)
+        if unknown and self.strict:
             self.error(f"unknown argument {unknown[0]}{self.suggest(unknown[0])}")
-        return args
+        return args, unknown
 
     def suggest(self, word):
         """Return "; did you mean --flag?", or "" where nothing is near."""
         name = word.split("=")[0].lstrip("-").replace("-", "_")
-        flags = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+        listed = re.findall(r"^  --.*", self.format_help(), re.MULTILINE)
+        flags = re.findall(r"--([\w-]+)", " ".join(listed))
         if ALIASES.get(name) in flags:
             return f"; did you mean --{ALIASES[name]}?"
         near = difflib.get_close_matches(name, flags, 1)
@@ -62,8 +66,9 @@ def number(kind, interval):
         above = value > low or (value == low and interval[0] == "[")
         below = value < high or (value == high and interval[-1] == "]")
         if not (above and below):
-            least = f"must be at least {low:g}" if kind is int else f"must lie in {interval}"
-            raise argparse.ArgumentTypeError(f"{least}, not {text}")
+            least = kind is int and value < high
+            what = f"must be at least {low:g}" if least else f"must lie in {interval}"
+            raise argparse.ArgumentTypeError(f"{what}, not {text}")
         return value
 
     return parse
@@ -122,12 +127,12 @@ RECIPES = {
 USAGE = "%(prog)s [--recipe NAME] [--data_path PATH] [--flag value ...]; --help lists the flags"
 
 
-def parse_train_args(argv=None, prog="train.py"):
+def parse_train_args(argv=None, prog="train.py", add_more_flags=None):
     """Parse and check the command line of train.py; exit with one line for an error.
 
-    prog: the program whose command line it is, for that line.
+    prog: the program whose command line it is, for that line; add_more_flags: its own, (parser).
     """
-    first = Parser(prog, USAGE, add_help=False)
+    first = Parser(prog, USAGE, strict=False, add_help=False)
     first.add_argument("--recipe", choices=RECIPES)
     first.add_argument("--baseline")
     first.add_argument("--data_path")
@@ -143,6 +148,8 @@ def parse_train_args(argv=None, prog="train.py"):
     for add_flags in (add_run_flags, add_encoder_flags, add_relation_flags, add_embedding_flags,
                       add_view_flags, add_optimizer_flags):
         add_flags(parser)
+    if add_more_flags:
+        add_more_flags(parser)
     parser.set_defaults(**RECIPES[recipe] | {"recipe": recipe})
     args = parser.parse_args(argv)
     args.output_dir = args.output_dir or f"runs/{args.recipe}"

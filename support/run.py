@@ -72,7 +72,6 @@ class Run:
         self.sums = [0.0] * len(TERMS)    # over the epoch so far
         self.requests = []
         self.resume()
-        self.folder.mkdir(parents=True, exist_ok=True)
         if self.is_main:
             self.write_arguments()
             self.lines = Log(self.folder / "log.jsonl", self.step, args.tensorboard)

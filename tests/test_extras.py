@@ -18,6 +18,7 @@ from support.distributed import Processes
 from support.options import parse_train_args
 from support.shapes import Shapes
 
+
 def test_resnet50_is_torchvisions_without_its_classifier():
     ours, theirs = build_encoder("resnet50", 64).eval(), resnet50().eval()
     left_out = theirs.load_state_dict(ours.state_dict(), strict=False)
@@ -121,17 +122,12 @@ def test_relations_over_the_batch_equal_a_slow_loop():
 
 
 @pytest.fixture(autouse=True)
-def threads():
-    """Give PyTorch its threads back, which a benchmark of the loader takes."""
-    number = torch.get_num_threads()
-    yield
-    torch.set_num_threads(number)
-
-
-@pytest.fixture
 def quick(monkeypatch):
-    """Take for granted what a matrix product reaches."""
+    """Take for granted what a product reaches; give back the threads that --loader takes."""
     monkeypatch.setattr(benchmark, "matmul_rate", lambda *_: 1e12)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def short(*flags):
@@ -139,7 +135,7 @@ def short(*flags):
 
 
 @pytest.mark.parametrize("flags", [["--turns", "2"], ["--recipe", "ibot", "--alpha", "0"]])
-def test_benchmark_of_a_step(flags, quick, capsys):
+def test_benchmark_of_a_step(flags, capsys):
     result = benchmark.main(short(*flags))
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     assert set(result["parts_ms"]) == set(benchmark.PARTS)
@@ -155,7 +151,7 @@ def test_benchmark_of_a_step(flags, quick, capsys):
 def flops(*flags):
     """Return what is counted of a step."""
     args = parse_train_args([*SMALL, "--data_path", "shapes", "--precision", "fp32", *flags])
-    return benchmark.count_flops(*benchmark.build(args, Processes(), Shapes("train")))
+    return benchmark.count_flops(*benchmark.build(args, Processes("test"), Shapes("train")))
 
 
 def test_operations_are_counted_as_by_hand():
@@ -179,19 +175,13 @@ def test_benchmark_of_the_loader(folder, capsys):
     assert result["pillow_ms"] > 0
 
 
-def stack(flags, word, reason):
-    mark = pytest.mark.xfail(strict=True, reason=f"{reason} gets a stack", raises=Exception)
-    return pytest.param(flags, word, marks=mark)
-
-
 @pytest.mark.parametrize("flags, word", [
     (["--loader"], "--data_path"), (["--data_path", "nowhere"], "nowhere"),
     (["--turns", "2", "--alpha", "0", "--beta", "0"], "--turns"), (["--steps", "0"], "--steps"),
     (["--stps", "3"], "--stps"),
-    stack(["--steps", "8", "--data_path", "{bad}"], "steps", "IndexError of too few steps"),
-    stack(["--loader", "--data_path", "{bad}"], "text.png", "an image that can't be read"),
+    (["--loader", "--data_path", "{bad}"], "text.png"),
 ])
-def test_bad_input_gets_one_line(flags, word, quick, tmp_path, capsys):
+def test_bad_input_gets_one_line(flags, word, tmp_path, capsys):
     (image_folder(tmp_path, train=4, val=1) / "train/class0/text.png").write_text("no image")
     flags = [flag.format(bad=tmp_path) for flag in flags]
     assert word in one_line(capsys, benchmark.main, short(*flags), program="extras.benchmark")

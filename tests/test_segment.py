@@ -127,7 +127,7 @@ def test_an_image_and_its_mask_are_cut_alike():
         cut, mask = crop(image, (image[0] > 120).to(torch.uint8))
         assert cut.shape == (3, 64, 64) and mask.shape == (64, 64) and mask.dtype == torch.uint8
         differ = ((cut[0] > 120) != (mask > 0)).float().mean()
-        assert differ < 0.04    # two pixels a row, at the edge: nearest is not bicubic
+        assert differ <= 1 / 64    # a pixel a row, at the edge: nearest is not bicubic
         mirrored.add(bool(cut[0, 0, 0] > cut[0, 0, -1]))
     assert mirrored == {True, False}
 
@@ -165,15 +165,16 @@ def test_scores_equal_loops():
     prediction = torch.randint(0, 4, (20, 30))
     mask = torch.randint(0, 4, (20, 30)).to(torch.uint8)
     mask[:3] = 255
-    prediction[prediction == 2] = 1    # a class that is there and never found; 4 is neither
-    values = segment.scores(segment.confusion(prediction, mask, 5))
+    prediction[prediction == 2] = 1    # 2 is there and never found, 4 the reverse, 5 neither
+    prediction[10, :5] = 4
+    values = segment.scores(segment.confusion(prediction, mask, 6))
     pixels = [(t, p) for t, p in zip(mask.flatten().tolist(), prediction.flatten().tolist())
               if t != 255]
     iou, accuracy = [], []
-    for k in range(4):
+    for k in range(5):
         both = sum(t == k and p == k for t, p in pixels)
         iou.append(both / sum(t == k or p == k for t, p in pixels))
-        accuracy.append(both / sum(t == k for t, _ in pixels))
+        accuracy += [both / sum(t == k for t, _ in pixels)] if k < 4 else []
     foreground = sum(t > 0 and p > 0 for t, p in pixels)
     precision = foreground / sum(p > 0 for _, p in pixels)
     recall = foreground / sum(t > 0 for t, _ in pixels)
@@ -199,7 +200,7 @@ def test_segment_from_the_command_line_and_again(flags, command, tmp_path, capsy
     result = evaluate.main([*command, *flags, "--json", str(path)])
     assert json.loads(path.read_text()) == result
     assert (result["images"], result["classes"], result["test_size"]) == (6, 3, 40)
-    assert result["mIoU"] > 40 or "--frozen" not in flags    # bright, or green, or neither
+    assert result["mIoU"] > 40 or "--frozen" not in flags    # 54 with any seed; untrained 20
     capsys.readouterr()
     again = evaluate.main([*command, *flags])    # finished: measured anew, not trained anew
     assert "measured again" in capsys.readouterr().out and again["mIoU"] == result["mIoU"]
