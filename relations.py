@@ -3,9 +3,9 @@
 How the patches of one image resemble each other, and which of its channels fire together, is a
 representation of the image in its own right. Two views of an image must agree on both:
 
-    A_p(p) = Softmax( O(p)ᵀ O(p) / √C / t_p )           spatial self-relation             Eq. 2
+    A_p(p) = Softmax( O(p)ᵀ O(p) / (√C t_p) )           spatial self-relation             Eq. 2
     L_p    = Re( G(A_p(p₁)), A_p(g_p(p₂)) )                                               Eq. 3
-    A_c(c) = Softmax( cᵀ c / (H·W) / t_c )              channel self-relation             Eq. 4
+    A_c(c) = Softmax( cᵀ c / (H W t_c) )                channel self-relation             Eq. 4
     L_c    = Re( G(A_c(c₁)), A_c(g_c(c₂)) )                                               Eq. 5
 
 The paper prints t outside the Softmax, where rows would no longer sum to 1; its released code has
@@ -52,7 +52,7 @@ def spatial_relation(p, heads, temperature=1.0):
     Eq. 2 is the number of channels in a group, C / M.
     """
     p = p.unflatten(2, (heads, -1)).transpose(1, 2)                # (B, M, N, C / M)
-    return p @ p.mT / math.sqrt(p.shape[-1]) / temperature         # (B, M, N, N)
+    return p @ p.mT / (math.sqrt(p.shape[-1]) * temperature)       # (B, M, N, N)
 
 
 def channel_relation(c, temperature=1.0):
@@ -60,7 +60,8 @@ def channel_relation(c, temperature=1.0):
 
     c: (B, N, C). Returns (B, C, C).
     """
-    return c.mT @ c / c.shape[1] / temperature
+    N = c.shape[1]
+    return c.mT @ c / (N * temperature)
 
 
 def relation_cross_entropy(teacher_logits, student_logits):
@@ -90,7 +91,7 @@ class SelfRelationLoss(nn.Module):
         self.t_p1, self.t_c1 = sharp if sharpen == "teacher" else plain    # the teacher's
         self.t_p2, self.t_c2 = sharp if sharpen == "student" else plain    # the student's
 
-    def channel_relation(self, c, temperature):
+    def channel_relation(self, c, temperature):    # Table 11 relates over the batch instead
         return channel_relation(c, temperature)
 
     def forward(self, p1, c1, p2, c2, boxes):
