@@ -11,15 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
-from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from support.errors import UserError
-from support.shapes import Shapes
-
-NAMES = ("shapes", "cifar10", "cifar100", "stl10")
-DOWNLOADS = "data"    # where torchvision keeps what it downloads, in the working directory
+from support.named_sets import NAMES, named_set
 
 
 class NoSplit(UserError):
@@ -34,10 +30,8 @@ def build_dataset(path, split):
     Raises UserError, NoSplit for a folder without that split.
     """
     path = str(path)
-    if path == "shapes":
-        return Shapes(split)
     if path in NAMES:
-        return torchvision_images(path, split)
+        return named_set(path, split)
     root = Path(path)
     if not root.is_dir():
         raise UserError(f"{path} is neither a folder nor one of {', '.join(NAMES)}")
@@ -98,36 +92,6 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index):
         return decode(self.path(index)), int(self.labels[index])
-
-
-class TorchvisionImages(Dataset):
-    """A torchvision data set of PIL images, in the form of this file."""
-
-    def __init__(self, images, labels):
-        self.images, self.labels = images, torch.as_tensor(np.asarray(labels)).long()
-        self.classes = int(self.labels.max()) + 1
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return pil_to_tensor(self.images[index][0]), int(self.labels[index])
-
-
-def torchvision_images(name, split):
-    """Return CIFAR or STL-10 (with its unlabelled images), downloaded on first use."""
-    train = split == "train"
-    try:
-        if name == "stl10":
-            split = "train+unlabeled" if train else "test"
-            images = datasets.STL10(DOWNLOADS, split, download=True)
-            return TorchvisionImages(images, images.labels)
-        cifar = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-        images = cifar(DOWNLOADS, train, download=True)
-        return TorchvisionImages(images, images.targets)
-    except (OSError, RuntimeError) as error:
-        where = f"{name} is not in {DOWNLOADS}/"
-        raise UserError(f"{where} and could not be downloaded: {error}") from error
 
 
 # --- the training set -----------------------------------------------------------------------------

@@ -821,18 +821,6 @@ def test_networks_and_losses_compile_to_one_graph_each(method):
     assert len(graphs) == 4
 
 
-def image_folder(root, train_images=16, val_images=8):
-    """Two classes of images of noise, told apart by brightness."""
-    rng = np.random.default_rng(0)
-    for split, number in (("train", train_images), ("val", val_images)):
-        for i in range(number):
-            folder = root / split / f"class{i % 2}"
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = rng.integers(0, 100, (40 + i, 52 - i, 3)) + 100 * (i % 2)
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
-    return root
-
-
 HAND = """--alpha 0.3 --beta 0.7 --li_weight 0.2 --temperature_spatial 0.4 --temperature_channel 0.2
 --sharpen student --relation_heads 3 --overlap_global 5 --overlap_local 3 --grad_accum_steps 2
 --clip_grad 0.02 --warmup_teacher_temp 0.03 --teacher_temp 0.06 --warmup_teacher_temp_epochs 2
@@ -847,7 +835,11 @@ def test_three_epochs_step_by_step_by_hand(tmp_path):
     Which flag goes where, Eq. 6, accumulation, clipping, AdamW and its schedules, the moving
     average, the center, and the teacher's temperature.
     """
-    folder = image_folder(tmp_path / "images")
+    folder, rng = tmp_path / "images", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(16):
+        pixels = rng.integers(256, size=(40 + i, 52 - i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
     paths = ["--data_path", str(folder), "--output_dir", str(tmp_path / "run")]
     train.main([*SMALL, *HAND.split(), *paths])    # 3 epochs of 2 steps of 2 batches of 4
     checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)

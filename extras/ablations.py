@@ -64,8 +64,7 @@ class DINOPlusLoss(IBOTLoss):
 class BatchRelationLoss(SelfRelationLoss):
     """SelfRelationLoss whose L_c relates channels over all patches of the batch.
 
-    Of all processes, as Barlow Twins correlates them: one C x C relation a view, not one for each
-    image.
+    One C x C relation a view, over all processes, as Barlow Twins correlates them.
     """
 
     def channel_relation(self, c, temperature):

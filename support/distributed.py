@@ -1,6 +1,6 @@
-"""One process or many, the same training.
+"""One process or many, the same training: averages, sums and norms over torchrun's processes.
 
-What torchrun's processes average, gather and normalize together. In a single process every function
+In a single process every function
 here is the identity, or nn's own. The collectives are the functional ones: they are differentiable,
 torch.compile traces them, and they run on gloo and NCCL.
 

@@ -10,8 +10,8 @@ import os
 import re
 import sys
 
-from data import NAMES
 from model import ARCHITECTURES
+from support.named_sets import NAMES
 
 ANY, NOT_NEGATIVE, POSITIVE = "(-inf, inf)", "[0, inf)", "(0, inf)"
 COUNT, SIZE = "[0, 9e18]", "[1, 9e18]"    # whole numbers

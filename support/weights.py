@@ -1,8 +1,7 @@
-"""Encoders from files: ours, DINO's, iBOT's, SERE's, MoCo v3's, MAE's, timm's.
+"""Encoders from files: ours, and those of the field's repositories.
 
-And torchvision's ResNet-50.
-
-An encoder's shape is read off its weights, but for the attention heads of a ViT, which shapes don't
+These are DINO, iBOT, SERE's release, MoCo v3, MAE, timm, and torchvision's ResNet-50. An encoder's
+shape is read off its weights, but for the attention heads of a ViT, which shapes don't
 tell. MoCo v3's ViT-S has 12, all others 6: its files are known by the names of their keys, and what
 was saved from them elsewhere needs `heads`. Files are read with weights_only=True, always.
 """

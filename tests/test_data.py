@@ -8,8 +8,8 @@ import torch
 from helpers import image_folder
 from PIL import Image
 
-import data
 from data import NoSplit, Readable, ViewsOfImages, build_dataset, decode, labelled
+from support import named_sets
 from support.errors import UserError
 
 
@@ -142,7 +142,7 @@ def test_torchvisions_sets_go_by_name(name, kind, train_split, val_split, monkey
         def __getitem__(self, i):
             return Image.new("RGB", (32, 32), (10 * i, 0, 0)), self.targets[i]
 
-    monkeypatch.setattr(data.datasets, kind, StandIn)
+    monkeypatch.setattr(named_sets.datasets, kind, StandIn)
     images, _ = build_dataset(name, "train"), build_dataset(name, "val")
     assert asked == [("data", train_split, True), ("data", val_split, True)]
     assert len(images) == 3 and images.classes == 3 and images.labels.tolist() == [0, 2, -1]

@@ -15,8 +15,8 @@ from extras.ablations import BatchRelationLoss, DINOPlusLoss
 from model import build_encoder
 from sampler import overlap, region_align
 from support.distributed import Processes
+from support.named_sets import Shapes
 from support.options import parse_train_args
-from support.shapes import Shapes
 
 
 def test_resnet50_is_torchvisions_without_its_classifier():

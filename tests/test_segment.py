@@ -16,7 +16,7 @@ from extras import segment
 from extras.segment import Segmenter, build_segmentation, count_classes
 from model import build_encoder
 from support.errors import UserError
-from support.shapes import Shapes
+from support.named_sets import Shapes
 
 
 def masked_folder(root, number=6):

@@ -1,8 +1,54 @@
-"""`shapes`: images of the demo and the tests, drawn when asked for."""
+"""Data sets by name: CIFAR and STL-10 by torchvision, and `shapes`, drawn when asked for."""
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from torchvision import datasets
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from support.errors import UserError
+
+NAMES = ("shapes", "cifar10", "cifar100", "stl10")
+DOWNLOADS = "data"    # where torchvision keeps what it downloads, in the working directory
+
+
+class TorchvisionImages(Dataset):
+    """A torchvision data set of PIL images, in the form of this file."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, torch.as_tensor(np.asarray(labels)).long()
+        self.classes = int(self.labels.max()) + 1
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return pil_to_tensor(self.images[index][0]), int(self.labels[index])
+
+
+def named_set(name, split):
+    """Return a data set of NAMES; but for shapes, downloaded on first use.
+
+    STL-10 "train" has its unlabelled images too.
+    """
+    if name == "shapes":
+        return Shapes(split)
+    train = split == "train"
+    try:
+        if name == "stl10":
+            split = "train+unlabeled" if train else "test"
+            images = datasets.STL10(DOWNLOADS, split, download=True)
+            return TorchvisionImages(images, images.labels)
+        cifar = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+        images = cifar(DOWNLOADS, train, download=True)
+        return TorchvisionImages(images, images.targets)
+    except (OSError, RuntimeError) as error:
+        where = f"{name} is not in {DOWNLOADS}/"
+        raise UserError(f"{where} and could not be downloaded: {error}") from error
+
+
+# --- shapes ---------------------------------------------------------------------------------------
+
 
 
 def polygon(a, b, sides):
