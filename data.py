@@ -43,7 +43,7 @@ def build_dataset(path, split):
     return ImageFiles(root / split, classes)
 
 
-def labelled(images):
+def labeled(images):
     """Return the indices of the images of a data set that have a label, a tensor."""
     return (images.labels >= 0).nonzero().flatten()
 

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import build_dataset, labelled
+from data import build_dataset, labeled
 from model import ARCHITECTURES
 from support.checkpoint import check_output
 from support.distributed import Processes, sum_over_processes, world
@@ -99,7 +99,7 @@ def knn_accuracy(
 
     most: of train, evenly thinned out. options: of extract_features; None if that was stopped.
     """
-    chosen, test = labelled(train), labelled(val)
+    chosen, test = labeled(train), labeled(val)
     if most and len(chosen) > most:
         chosen = chosen[torch.linspace(0, len(chosen) - 1, most).long()]
     extracted = []
@@ -191,23 +191,23 @@ def probe_accuracies(probes, images, indices, size, device, args):
 # Each prints its protocol with the number, and returns what --json writes.
 
 
-def build_labelled(args):
+def build_labeled(args):
     """Return the training and validation images of a classification task."""
     train, val = build_dataset(args.data_path, "train"), build_dataset(args.data_path, "val")
-    if not (len(labelled(train)) and len(labelled(val))):
+    if not (len(labeled(train)) and len(labeled(val))):
         raise UserError(f"{args.data_path} lacks labels: it needs a folder a class in train/, val/")
     return train, val
 
 
 def knn(args, encoder, size, processes):
     """Evaluate by kNN, DINO's protocol."""
-    train, val = build_labelled(args)
-    n, say, processes.working = len(labelled(train)), processes.say, True
+    train, val = build_labeled(args)
+    n, say, processes.working = len(labeled(train)), processes.say, True
     accuracy = knn_accuracy(
         encoder, train, val, size, processes.device, args.nb_knn, args.temperature,
         batch_size=args.batch_size_per_gpu, num_workers=args.num_workers,
     )
-    say(f"kNN, T = {args.temperature}, {size} px, {n} training and {len(labelled(val))} "
+    say(f"kNN, T = {args.temperature}, {size} px, {n} training and {len(labeled(val))} "
         f"validation images of {args.data_path}")
     say("    k   top-1")
     for k, value in accuracy.items():
@@ -217,14 +217,14 @@ def knn(args, encoder, size, processes):
 
 def linear(args, encoder, size, processes):
     """Evaluate by linear probes, DINO's protocol; held-out images choose the rate."""
-    train, val = build_labelled(args)
+    train, val = build_labeled(args)
     if (args.n_last_blocks or 0) > encoder.depth:
         raise UserError(f"--n_last_blocks {args.n_last_blocks}: there are {encoder.depth}")
     large = encoder.heads and encoder.dim >= ARCHITECTURES["vit_base"]["dim"]
     blocks = args.n_last_blocks or (1 if large else min(4, encoder.depth))
     mean_patch = bool(large if args.avgpool_patchtokens is None else args.avgpool_patchtokens)
     torch.manual_seed(args.seed)
-    shuffled = labelled(train)[torch.randperm(len(labelled(train)))].tolist()
+    shuffled = labeled(train)[torch.randperm(len(labeled(train)))].tolist()
     number = min(max(round(args.holdout * len(shuffled)), 1), len(shuffled) - 1)
     held, rest = (shuffled[:number], shuffled[number:]) if args.holdout else ([], shuffled)
 
@@ -236,7 +236,7 @@ def linear(args, encoder, size, processes):
     processes.working = True
     probes = Probes(encoder, blocks, mean_patch, train.classes, args.lr).to(device)
     train_probes(probes, batches, args, device, path, arguments)
-    on_val = probe_accuracies(probes, val, labelled(val).tolist(), size, device, args)
+    on_val = probe_accuracies(probes, val, labeled(val).tolist(), size, device, args)
     on_held = probe_accuracies(probes, train, held, size, device, args) if held else on_val
     chosen = max(range(len(args.lr)), key=lambda i: on_held[i])
 

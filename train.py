@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from augment import BOX, BlockMask, MultiCrop, Photometric
 from baselines import DINOHead, DINOLoss, IBOTHead, IBOTLoss, Loss, MoCoHead, MoCoLoss
-from data import Batches, NoSplit, ViewsOfImages, build_dataset, labelled
+from data import Batches, NoSplit, ViewsOfImages, build_dataset, labeled
 from model import Network, Output, build_encoder, update_teacher
 from relations import RelationHead, SelfRelationLoss
 from support.checkpoint import output_folder
@@ -331,10 +331,10 @@ def train(args, training, run, images):
 def build_datasets(args):
     """Return training images, and those for kNN, or None where there are no labels."""
     images, val = build_dataset(args.data_path, "train"), None
-    if args.knn_every and len(labelled(images)):
+    if args.knn_every and len(labeled(images)):
         with contextlib.suppress(NoSplit):
             val = build_dataset(args.data_path, "val")
-            val = val if len(labelled(val)) else None
+            val = val if len(labeled(val)) else None
     return images, val
 
 

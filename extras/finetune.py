@@ -16,8 +16,8 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 from augment import normalize
-from data import labelled
-from evaluate import build_labelled
+from data import labeled
+from evaluate import build_labeled
 from support.distributed import sum_over_processes, world
 from support.errors import UserError
 from support.fit import Augmented, TrainingBatches, fit, resumable, seed_everything
@@ -103,7 +103,7 @@ def classification_loss(classes, smoothing, mixup, cutmix):
 def training_share(images, fraction, seed):
     """Draw a fraction of each class's images, one at least: their indices."""
     generator = torch.Generator().manual_seed(seed)
-    order = labelled(images)[torch.randperm(len(labelled(images)), generator=generator)]
+    order = labeled(images)[torch.randperm(len(labeled(images)), generator=generator)]
     share = []
     for label in range(images.classes):
         of_class = order[images.labels[order] == label]
@@ -120,7 +120,7 @@ def listed_share(images, names):
     if not hasattr(images, "path"):
         raise UserError("--train_list wants a folder of images")
     where = {}
-    for i in labelled(images).tolist():
+    for i in labeled(images).tolist():
         parts = Path(images.path(i)).parts
         for name in (parts[-1], "/".join(parts[-2:])):
             where.setdefault(name, []).append(i)
@@ -136,9 +136,9 @@ def listed_share(images, names):
 
 @torch.no_grad()
 def top_accuracies(model, images, size, device, batch_size, num_workers):
-    """Return (top-1, top-5) in % on the labelled images."""
+    """Return (top-1, top-5) in % on the labeled images."""
     right = torch.zeros(2, dtype=torch.long, device=device)
-    chosen = labelled(images).tolist()
+    chosen = labeled(images).tolist()
     loader = share_loader(images, chosen, size, device, batch_size, num_workers)
     silent = None if world()[0] == 0 else True
     for x, y in tqdm(loader, desc="accuracy", disable=silent, leave=False):
@@ -152,7 +152,7 @@ def top_accuracies(model, images, size, device, batch_size, num_workers):
 
 def run(args, encoder, size, processes):
     """Fine-tune and measure, for evaluate.py."""
-    train, val = build_labelled(args)
+    train, val = build_labeled(args)
     if args.train_list:
         try:
             names = Path(args.train_list).read_text().split()
@@ -175,9 +175,9 @@ def run(args, encoder, size, processes):
     top1, top5 = accuracies
     batch = batches.batch_size * processes.size
     processes.say(
-        f"finetune, {size} px, {len(share)} of {len(labelled(train))} training images of "
+        f"finetune, {size} px, {len(share)} of {len(labeled(train))} training images of "
         f"{args.data_path}, {args.epochs} epochs, batch {batch}, lr {args.lr:g} per 256, layer "
         f"decay {args.layer_decay}, final epoch")
     more = f"  top-5 {top5:.1f} %" if train.classes > 5 else ""
-    processes.say(f"top-1 {top1:.1f} %{more}  on {len(labelled(val))} validation images")
+    processes.say(f"top-1 {top1:.1f} %{more}  on {len(labeled(val))} validation images")
     return {"images": len(share), "classes": train.classes, "top1": top1, "top5": top5}

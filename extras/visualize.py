@@ -148,7 +148,7 @@ def draw_idea(path, encoder, images, heads, temperatures=(0.5, 0.1)):
     relation = A_c[chosen][:, chosen]
     relation = enlarge(heat(relation / relation.max())[None], S)[0]
     above = [("image", picture)] + [(f"A_p, patch {i}", m) for i, m in enumerate(maps, start=1)]
-    save_labelled([above, [*below, ("A_c of these", relation)]], path)
+    save_labeled([above, [*below, ("A_c of these", relation)]], path)
 
 
 def frame(picture, color, width=2):
@@ -158,7 +158,7 @@ def frame(picture, color, width=2):
     return picture
 
 
-def save_labelled(rows, path, margin=6, line=24):
+def save_labeled(rows, path, margin=6, line=24):
     """Save rows of (label, picture (3, S, S) in [0, 1]), each under its label."""
     S, columns = rows[0][0][1].shape[-1], max(map(len, rows))
     size = (columns * (S + margin) + margin, len(rows) * (S + line + margin) + margin)

@@ -29,7 +29,7 @@ class TorchvisionImages(Dataset):
 def named_set(name, split):
     """Return a data set of NAMES; but for shapes, downloaded on first use.
 
-    STL-10 "train" has its unlabelled images too.
+    STL-10 "train" has its unlabeled images too.
     """
     if name == "shapes":
         return Shapes(split)

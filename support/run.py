@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from augment import normalize
 from baselines import entropy
-from data import Readable, labelled
+from data import Readable, labeled
 from evaluate import knn_accuracy
 from relations import spatial_relation
 from sampler import overlap
@@ -240,7 +240,7 @@ class Run:
         terms = [(args.li_weight, f"L_I({args.baseline})"), (args.alpha, "L_p"), (args.beta, "L_c")]
         loss = " + ".join(f"{weight:g} {name}" for weight, name in terms if weight)
         labels = f"{self.images.classes} classes; labels are for kNN only"
-        labels = labels if len(labelled(self.images)) else "no labels"
+        labels = labels if len(labeled(self.images)) else "no labels"
         compiled = ", compiled" if args.compile else ""
         self.say(f"{args.recipe}: {args.arch}/{args.patch_size}, L = {loss}")
         self.say(f"{len(self.images)} images of {args.data_path} ({labels})")
@@ -315,7 +315,7 @@ class Run:
         if self.step < self.steps:
             self.say(f"stopped at step {self.step} of {self.steps}, as --max_steps "
                      f"{self.args.max_steps} says; rerun with a larger one, or without, to go on")
-        elif len(labelled(self.images)):
+        elif len(labeled(self.images)):
             heads = f" --heads {self.args.heads}" if self.args.heads else ""
             self.say(f"done. What it is worth: python evaluate.py knn --pretrained_weights "
                      f"{self.folder}/backbone.pth --data_path {self.args.data_path}{heads}")

@@ -8,7 +8,7 @@ import torch
 from helpers import image_folder
 from PIL import Image
 
-from data import NoSplit, Readable, ViewsOfImages, build_dataset, decode, labelled
+from data import NoSplit, Readable, ViewsOfImages, build_dataset, decode, labeled
 from support import named_sets
 from support.errors import UserError
 
@@ -37,7 +37,7 @@ def test_folders_give_labels_from_train_whatever_else_is_in_them(tmp_path):
     train, val = build_dataset(tmp_path, "train"), build_dataset(str(tmp_path), "val")
     assert train.classes == val.classes == 3 and len(train) == 8
     assert sorted(train.labels.tolist()) == [-1, 0, 0, 0, 1, 1, 1, 1]
-    assert train.labels[labelled(train)].tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert train.labels[labeled(train)].tolist() == [0, 0, 0, 1, 1, 1, 1]
     assert val.labels.tolist() == [0, 0, 1, 1, 2]
     for images in (train, val):
         for i in range(len(images)):

@@ -46,18 +46,18 @@ def test_features_are_the_normed_class_token_of_the_center_crop(tmp_path):
     close(features[1], encoder.norm(encoder(crop[None]))[0, 0], atol=1e-5)    # two batches of one
 
 
-def test_knn_accuracy_is_that_of_the_votes_on_labelled_images(tmp_path):
+def test_knn_accuracy_is_that_of_the_votes_on_labeled_images(tmp_path):
     folder, encoder = image_folder(tmp_path, train=10, val=3), tiny_vit()
     cpu = torch.device("cpu")
     for i in range(3):
-        Image.new("RGB", (40, 40)).save(folder / f"val/unlabelled{i}.png")    # not counted
+        Image.new("RGB", (40, 40)).save(folder / f"val/unlabeled{i}.png")    # not counted
     sets = [build_dataset(folder, split) for split in ("train", "val")]
     options = dict(ks=(1, 7), temperature=2.0, most=8)
     accuracy = evaluate.knn_accuracy(encoder, *sets, 32, cpu, **options)
     chosen = [0, 2, 5, 8, 10, 13, 16, 19]    # of 20, evenly
     features, labels = evaluate.extract_features(encoder, sets[0], chosen, 32, cpu)
-    labelled = (sets[1].labels >= 0).nonzero().flatten().tolist()
-    test_features, test_labels = evaluate.extract_features(encoder, sets[1], labelled, 32, cpu)
+    labeled = (sets[1].labels >= 0).nonzero().flatten().tolist()
+    test_features, test_labels = evaluate.extract_features(encoder, sets[1], labeled, 32, cpu)
     assert len(test_labels) == 6
     for k in (1, 7):
         votes = evaluate.knn_votes(features, labels, test_features, k, 2.0, 2)
