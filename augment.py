@@ -1,8 +1,8 @@
 """Views of an image (τ₁, τ₂ of Sec. 3.1), and where in the image they came from.
 
-`MultiCrop` runs in the loader's workers: it draws every random number, cuts uint8 crops, and notes
-in a row of numbers where each lies, whether it is flipped, and what its colors are to be.
-`Photometric` runs on the training device: it applies the rows to a whole batch and draws nothing.
+`MultiCrop` runs in the loader's workers: it draws every random number, cuts uint8 crops, and writes
+down for each where it lies, whether it is flipped, and how its colors change (`params`).
+`Photometric` runs on the training device: it applies params to a whole batch and draws nothing.
 The distributions are DINO's. `BlockMask` draws which patches iBOT hides.
 
 B batch, V views, G global views, S side of a view, N patches
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# The row of a view. Its first five numbers are the box of sampler.py.
+# Where what stands in the params of a view. The first five numbers are the box of sampler.py.
 BOX = slice(0, 5)           # x0, y0, x1, y1 in fractions of the image; flipped, 0 or 1
 FACTORS = slice(5, 8)       # brightness, contrast, saturation; 1 leaves as it is
 HUE = 8                     # in turns, -0.5 to 0.5; 0 leaves as it is
@@ -27,7 +27,7 @@ SOLARIZE = 15               # 0 or 1
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's, as released ViTs expect
 
-# How likely, for the first global, the second global and a local view; and how far.
+# How likely, for the first global, the second global and a local view, and how far.
 BLUR, SOLARIZED = (1.0, 0.1, 0.5), (0.0, 0.2, 0.0)
 JITTER, GRAYSCALE = 0.8, 0.2
 BRIGHTNESS, CONTRAST, SATURATION, HUE_TURNS = 0.4, 0.4, 0.2, 0.1
@@ -39,7 +39,7 @@ class Views(NamedTuple):
     """The views of an image; of a batch, with an axis B before all others."""
 
     crops: list           # by resolution, global first: uint8 (V, S, S, 3)
-    rows: torch.Tensor    # float32 (views, 16), global first
+    params: torch.Tensor    # float32 (views, 16), global first
     mask: torch.Tensor    # bool (G, N): global views' patches to hide from the student; or (G, 0)
 
 
@@ -63,16 +63,16 @@ class MultiCrop:
         They are a function of the key and a view's number alone. key: a tuple of non-negative
         integers, (seed, epoch, index).
         """
-        crops, rows, masks = [], [], []
+        crops, params, masks = [], [], []
         for view, (size, scale) in enumerate(self.views):
             rng = np.random.default_rng((*key, view))
             crop, box = random_crop(rng, image, size, scale)
             crops.append(crop)
-            rows.append([*box, *random_colors(rng, min(view, 2))])
+            params.append([*box, *random_colors(rng, min(view, 2))])
             if view < 2:
                 masks.append(self.mask(rng).flatten() if self.mask else torch.zeros(0).bool())
         crops = [torch.stack(part) for part in (crops[:2], crops[2:]) if part]
-        return Views(crops, torch.tensor(rows, dtype=torch.float32), torch.stack(masks))
+        return Views(crops, torch.tensor(params, dtype=torch.float32), torch.stack(masks))
 
 
 def random_crop(rng, image, size, scale):
@@ -101,7 +101,7 @@ def random_place(rng, H, W, scale):
 
 
 def random_colors(rng, view):
-    """Draw the numbers of a row behind its box. view: 0, 1, or 2 for any local view."""
+    """Draw the params of a view behind its box. view: 0, 1, or 2 for any local view."""
     factors, hue, order = np.ones(3), 0.0, np.arange(4)
     if rng.random() < JITTER:
         factors = 1 + rng.uniform(-1, 1, 3) * (BRIGHTNESS, CONTRAST, SATURATION)
@@ -155,15 +155,15 @@ class BlockMask:
 
 
 class Photometric(nn.Module):
-    """Jitter, gray, blur, solarize and normalize a batch, each image with its own row."""
+    """Jitter, gray, blur, solarize and normalize a batch, each image by its own params."""
 
-    def forward(self, images, rows):
-        """Color uint8 (B, S, S, 3) by rows (B, 16): float32 (B, 3, S, S), normalized."""
+    def forward(self, images, params):
+        """Color uint8 (B, S, S, 3) by params (B, 16): float32 (B, 3, S, S), normalized."""
         x = images.movedim(-1, 1).float() / 255
-        x = jitter(x, rows)
-        x = torch.where(per_image(rows[:, GRAY]) > 0, gray(x), x)
-        x = blur(x, rows[:, SIGMA])
-        x = torch.where((per_image(rows[:, SOLARIZE]) > 0) & (x > 127.5 / 255), 1 - x, x)
+        x = jitter(x, params)
+        x = torch.where(per_image(params[:, GRAY]) > 0, gray(x), x)
+        x = blur(x, params[:, SIGMA])
+        x = torch.where((per_image(params[:, SOLARIZE]) > 0) & (x > 127.5 / 255), 1 - x, x)
         return normalize(x)
 
 
@@ -186,29 +186,29 @@ def gray(x):
     return 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]    # (B, 1, H, W)
 
 
-def jitter(x, rows):
+def jitter(x, params):
     """Apply torchvision's ColorJitter, each image with its own factors and order.
 
     The hue shift is the expensive step, so compute it once, between the steps before and after it.
     """
-    hue_step = rows[:, ORDER][:, 3]
+    hue_step = params[:, ORDER][:, 3]
     for step in range(3):
-        x = blend(x, rows, step, hue_step > step)
-    x = shift_hue(x, per_image(rows[:, HUE]))
+        x = blend(x, params, step, hue_step > step)
+    x = shift_hue(x, per_image(params[:, HUE]))
     for step in range(1, 4):
-        x = blend(x, rows, step, hue_step < step)
+        x = blend(x, params, step, hue_step < step)
     return x
 
 
-def blend(x, rows, step, active):
+def blend(x, params, step, active):
     """Apply brightness, contrast or saturation, whichever an image has at `step`.
 
     Each is a blend: with black, with the mean gray, with the gray image. active: (B,), False for
     images to leave alone.
     """
-    now = (rows[:, ORDER][:, :3] == step) & active[:, None]                 # (B, 3), one or none
+    now = (params[:, ORDER][:, :3] == step) & active[:, None]               # (B, 3), one or none
     brightness, contrast, _ = (per_image(column) for column in now.unbind(dim=1))
-    factor = per_image(torch.where(now, rows[:, FACTORS], 1.0).prod(dim=1))
+    factor = per_image(torch.where(now, params[:, FACTORS], 1.0).prod(dim=1))
     other = gray(x)
     other = torch.where(contrast, other.mean(dim=(2, 3), keepdim=True), other) * ~brightness
     return (factor * x + (1 - factor) * other).clamp(0, 1)

@@ -9,6 +9,7 @@ A head is called with (tokens, mask): of each resolution, global first, tokens (
 after the encoder's final norm; and which patches of the global views are hidden from the student,
 (G, B, N) bool, or None. A loss is called with the outputs of the student's and the teacher's head,
 the teacher's temperature, and the boxes of all views. `update_center` follows each optimizer step.
+To add a method, write both here and name them in train.py's build_head and build_embedding_loss.
 
 B batch, V views, G global views, N patches, C channels, K outputs (out_dim)
 """
@@ -150,7 +151,7 @@ class DINOLoss(Loss):
 
 
 class IBOTOutput(NamedTuple):
-    """Outputs of an IBOTHead. P: the most patches that can be hidden in a view."""
+    """Outputs of an IBOTHead. P is the most patches that can be hidden in a view."""
 
     cls: torch.Tensor        # (V, B, K)
     patches: torch.Tensor    # (G, B, P, K_patch), those of the hidden patches first
@@ -253,8 +254,11 @@ class MoCoHead(nn.Module):
 class MoCoLoss(Loss):
     """InfoNCE: find an image's key among those of all images of all processes.
 
-    A key is the teacher's embedding of another view. 2 τ times the cross-entropy, summed over the
-    two directions of a pair; with more than two views: twice the mean over pairs.
+    A key is the teacher's embedding of another view. With queries z and keys k of length 1:
+
+        2 τ · −log( exp(zᵢ·kᵢ / τ) / Σⱼ exp(zᵢ·kⱼ / τ) ),
+
+    summed over the two directions of a pair. With more than two views: twice the mean over pairs.
     """
 
     def __init__(self, temperature=0.2):

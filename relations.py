@@ -4,24 +4,24 @@ How the patches of one image resemble each other, and which of its channels fire
 representation of the image in its own right. Two views of an image must agree on both:
 
     A_p(p) = Softmax( O(p)ᵀ O(p) / (√C t_p) )           spatial self-relation             Eq. 2
-    L_p    = Re( G(A_p(p₁)), A_p(g_p(p₂)) )                                               Eq. 3
+    L_p    = Re( 𝒢(A_p(p₁)), A_p(g_p(p₂)) )                                               Eq. 3
     A_c(c) = Softmax( cᵀ c / (H W t_c) )                channel self-relation             Eq. 4
-    L_c    = Re( G(A_c(c₁)), A_c(g_c(c₂)) )                                               Eq. 5
+    L_c    = Re( 𝒢(A_c(c₁)), A_c(g_c(c₂)) )                                               Eq. 5
 
 The paper prints t outside the Softmax, where rows would no longer sum to 1; its released code has
 it inside. Subscript 1 is the teacher's view, 2 the student's. p = h_p(r) and c = h_c(r) are
 projected features r of the encoder, g a prediction head, O or ⊙ region-aligned sampling
-(sampler.py), G stop-gradient and Re the cross-entropy. The paper's C x HW matrices are (N, C)
-tokens here.
+(sampler.py), 𝒢 stop-gradient and Re the cross-entropy. The paper's C x HW matrices are (N, C)
+tokens here, and relations stay logits until `relation_cross_entropy` applies their Softmax.
 
-B batch, N = H * W patches (or sampled points) of a view, C channels, M relation heads,
+B batch, N = H * W patches (or S * S sampled points) of a view, C channels, M relation heads,
 q a view of the teacher's, v a view of the student's; global views come first in both
 """
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sampler import overlap, region_align
 from support.distributed import BatchNorm, average_over_processes
@@ -30,10 +30,10 @@ from support.distributed import BatchNorm, average_over_processes
 class RelationHead(nn.Module):
     """Projection h (`project`) and, for the student, prediction g (`predict`).
 
-    (..., N, C) -> (..., N, C). The teacher has h alone, and so has a symmetric student (Table 15).
+    Tokens (..., N, C) -> (..., N, C). The teacher, and a symmetric student (Table 15), has h alone.
     """
 
-    def __init__(self, dim, predictor=True):
+    def __init__(self, dim: int, predictor: bool = True):
         super().__init__()
         self.project = nn.Sequential(BatchNorm(dim), nn.ReLU())
         self.predict = nn.Identity()
@@ -41,11 +41,11 @@ class RelationHead(nn.Module):
             linear = nn.Linear(dim, dim, bias=False)
             self.predict = nn.Sequential(linear, BatchNorm(dim), nn.ReLU())
 
-    def forward(self, r):
+    def forward(self, r: Tensor) -> Tensor:
         return self.predict(self.project(r))
 
 
-def spatial_relation(p, heads, temperature=1.0):
+def spatial_relation(p: Tensor, heads: int, temperature: float = 1.0) -> Tensor:
     """Relate patches by their features: Eq. 2 before its Softmax.
 
     p: (B, N, C), after ⊙. Returns (B, M, N, N): M groups of channels have a relation each, and C of
@@ -55,7 +55,7 @@ def spatial_relation(p, heads, temperature=1.0):
     return p @ p.mT / (math.sqrt(p.shape[-1]) * temperature)       # (B, M, N, N)
 
 
-def channel_relation(c, temperature=1.0):
+def channel_relation(c: Tensor, temperature: float = 1.0) -> Tensor:
     """Relate channels by where they fire: Eq. 4 before its Softmax.
 
     c: (B, N, C). Returns (B, C, C).
@@ -64,8 +64,8 @@ def channel_relation(c, temperature=1.0):
     return c.mT @ c / (N * temperature)
 
 
-def relation_cross_entropy(teacher_logits, student_logits):
-    """Compute Re(G(A), A') of Eq. 3 and 5: the mean cross-entropy of their rows.
+def relation_cross_entropy(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """Compute Re(𝒢(A), A') of Eq. 3 and 5: the mean cross-entropy of their rows.
 
     Both (B, ..., N, N), before the Softmax. Returns (B,). No gradient reaches the teacher.
     """
@@ -78,7 +78,8 @@ class SelfRelationLoss(nn.Module):
 
     heads: M. temperature_spatial, temperature_channel: t_p and t_c of the network that `sharpen`
     names, "teacher" (the released code) or "student" (the text); the other's are 1. overlap_global,
-    overlap_local: points a side that ⊙ takes from two global views, and where one view is local.
+    overlap_local: S, points a side that ⊙ takes from two global views, and from a pair with a local
+    one.
     """
 
     def __init__(
@@ -94,16 +95,15 @@ class SelfRelationLoss(nn.Module):
     def channel_relation(self, c, temperature):    # Table 11 relates over the batch instead
         return channel_relation(c, temperature)
 
-    def forward(self, p1, c1, p2, c2, boxes):
+    def forward(self, p1, c1, g_p2, g_c2, boxes):
         """Return (L_p, L_c), scalars.
 
-        p1, c1: h_p(r) and h_c(r) of each global view, lists of (B, N, C), or empty to leave a loss
-        out. p2, c2: g_p(h_p(r)) and g_c(h_c(r)) of every view. boxes: (views, B, 5), see
-        sampler.py. Of L_p's pairs those count, of all images and processes, in which the views
-        overlap.
+        p1, c1: p₁ = h_p(r₁) and c₁ = h_c(r₁) of each global view, lists of (B, N, C), or empty to
+        leave a loss out. g_p2, g_c2: g_p(p₂) and g_c(c₂) of every view. boxes: (views, B, 5), see
+        sampler.py. L_p is a mean over the pairs that overlap, of all images and processes.
         """
-        A_c1 = [self.channel_relation(c, self.t_c1) for c in c1]    # once a view, not once a pair
-        A_c2 = [self.channel_relation(c, self.t_c2) for c in c2]
+        logits_c1 = [self.channel_relation(c, self.t_c1) for c in c1]    # once a view, not a pair
+        logits_c2 = [self.channel_relation(c, self.t_c2) for c in g_c2]
         L_p, overlaps = boxes.new_zeros(()), boxes.new_zeros(())
         L_c, pairs = boxes.new_zeros(()), 0
         for q in range(max(len(p1), len(c1))):
@@ -113,15 +113,15 @@ class SelfRelationLoss(nn.Module):
                 if p1:
                     region, valid = overlap(boxes[q], boxes[v])
                     size = self.overlap_global if v < len(p1) else self.overlap_local
-                    o1 = region_align(p1[q], boxes[q], region, size)    # (B, S * S, C)
-                    o2 = region_align(p2[v], boxes[v], region, size)
-                    A_p1 = spatial_relation(o1, self.heads, self.t_p1)
-                    A_p2 = spatial_relation(o2, self.heads, self.t_p2)
-                    Re = relation_cross_entropy(A_p1, A_p2)                             # Eq. 3
+                    o1 = region_align(p1[q], boxes[q], region, size)      # (B, S * S, C)
+                    o2 = region_align(g_p2[v], boxes[v], region, size)
+                    logits_p1 = spatial_relation(o1, self.heads, self.t_p1)
+                    logits_p2 = spatial_relation(o2, self.heads, self.t_p2)
+                    Re = relation_cross_entropy(logits_p1, logits_p2)                       # Eq. 3
                     L_p = L_p + torch.where(valid, Re, 0).sum()
                     overlaps = overlaps + valid.sum()
                 if c1:
-                    L_c = L_c + relation_cross_entropy(A_c1[q], A_c2[v]).mean()         # Eq. 5
+                    L_c = L_c + relation_cross_entropy(logits_c1[q], logits_c2[v]).mean()   # Eq. 5
                     pairs += 1
         # DDP averages gradients over processes: dividing by the mean count gives the global mean.
         return L_p / average_over_processes(overlaps).clamp(min=1e-6), L_c / max(pairs, 1)

@@ -7,15 +7,16 @@ result is the same place in the image.
 Geometry is in fractions of the original image, x to the right, y down. The box of a view is a row
 (x0, y0, x1, y1, flipped); its corners lie in [0, 1].
 
-B batch, N = H * W tokens of a view, C channels, S points a side
+B batch, N = H * W tokens of a view, C channels, S points a side (the paper's H_s = W_s)
 """
 
 import math
 
 import torch
+from torch import Tensor
 
 
-def overlap(boxes_a, boxes_b):
+def overlap(boxes_a: Tensor, boxes_b: Tensor) -> tuple[Tensor, Tensor]:
     """Intersect two views of each image.
 
     boxes_a, boxes_b: (B, 5). Returns region (B, 4) as (x0, y0, x1, y1), and valid (B,) bool: False
@@ -26,7 +27,7 @@ def overlap(boxes_a, boxes_b):
     return torch.cat([low, high], dim=1), (low < high).all(dim=1)
 
 
-def bilinear_weights(position, length):
+def bilinear_weights(position: Tensor, length: int) -> Tensor:
     """Return weights (B, S, length) that read a row of values at position (B, S).
 
     Value i lies at i. A position beyond the first or last value reads that value.
@@ -35,7 +36,9 @@ def bilinear_weights(position, length):
     return (1 - (position - torch.arange(length, device=position.device)).abs()).clamp(min=0)
 
 
-def region_align(tokens, boxes, region, size, shape=None):
+def region_align(
+    tokens: Tensor, boxes: Tensor, region: Tensor, size: int, shape: tuple[int, int] | None = None
+) -> Tensor:
     """Read feature maps at the centers of a region's size x size cells, bilinearly.
 
     tokens: (B, N, C), the patches of a view row by row; shape: (H, W) of a map that is not square.
@@ -49,8 +52,9 @@ def region_align(tokens, boxes, region, size, shape=None):
     cells = (torch.arange(size, device=boxes.device) + 0.5) / size                       # (S,)
     low, high = region[:, 0:2, None], region[:, 2:4, None]                               # (B, 2, 1)
     centers = low + (high - low) * cells                                                 # (B, 2, S)
-    x, y = ((centers - boxes[:, 0:2, None]) / (boxes[:, 2:4] - boxes[:, 0:2])[..., None]).unbind(1)
-    x = torch.where(boxes[:, 4:5] > 0, 1 - x, x)            # (B, S), fractions of the view, as y is
+    side = (boxes[:, 2:4] - boxes[:, 0:2])[..., None]                                    # (B, 2, 1)
+    x, y = ((centers - boxes[:, 0:2, None]) / side).unbind(1)    # (B, S), fractions of the view
+    x = torch.where(boxes[:, 4:5] > 0, 1 - x, x)
     rows = bilinear_weights(y * H - 0.5, H)                 # (B, S, H); patch i is [i, i + 1] / H
     columns = bilinear_weights(x * W - 0.5, W)              # (B, S, W)
     points = torch.einsum("bsh,bhwc,btw->bstc", rows, tokens.unflatten(1, (H, W)), columns)

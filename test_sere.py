@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import close, picture, tiny_vit
 from PIL import Image
 from torch import nn
 from torchvision.ops import roi_align
@@ -24,7 +25,7 @@ import train
 from augment import BOX, MultiCrop, Photometric
 from baselines import DINOHead, DINOLoss, IBOTHead, IBOTLoss, IBOTOutput, MoCoHead
 from data import Batches, build_dataset
-from model import Block, VisionTransformer, build_encoder, update_teacher
+from model import Block, build_encoder, update_teacher
 from relations import (
     RelationHead,
     SelfRelationLoss,
@@ -41,10 +42,6 @@ from support.options import parse_train_args
 def repeatable(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def close(a, b, rtol=1e-5, atol=1e-6):
-    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 def random_boxes(B, low=0.3, high=1.0):
@@ -89,8 +86,8 @@ def test_region_align_follows_crop_resize_and_flip():
     multicrop = MultiCrop(96, (0.5, 1.0), 1, 48, (0.3, 0.5))
     flips, checked = set(), 0
     for index in range(12):
-        crops, rows, _ = multicrop(image, (0, 0, index))
-        views, boxes = [crops[0][0], crops[0][1], crops[1][0]], rows[:, BOX]
+        crops, params, _ = multicrop(image, (0, 0, index))
+        views, boxes = [crops[0][0], crops[0][1], crops[1][0]], params[:, BOX]
         flips.add(tuple(boxes[:, 4].tolist()))
         for a, b in ((0, 1), (0, 2), (1, 2)):
             region, valid = overlap(boxes[a][None], boxes[b][None])
@@ -279,11 +276,6 @@ def test_a_loss_whose_heads_are_left_out_is_zero():
 # --- model ----------------------------------------------------------------------------------------
 
 
-def tiny_vit(**rest):
-    shape = dict(image_size=32, patch_size=8, dim=12, depth=2, heads=3)
-    return VisionTransformer(**(shape | rest))
-
-
 def test_vit_equals_explicit_softmax_attention():
     vit, images = tiny_vit(), torch.randn(2, 3, 32, 32)
     p = dict(vit.named_parameters())
@@ -459,15 +451,9 @@ def test_teacher_is_the_moving_average_of_every_parameter():
 # --- augment --------------------------------------------------------------------------------------
 
 
-def picture(H=90, W=120):
-    """A smooth uint8 image with some of everything in it."""
-    y, x = torch.meshgrid(torch.linspace(0, 1, H), torch.linspace(0, 1, W), indexing="ij")
-    waves = 0.6 + 0.4 * torch.sin(20 * x * y)
-    return (255 * torch.stack([x, (x + y) / 2, 1 - y * x]) * waves).to(torch.uint8)
-
-
 def same_views(a, b):
-    return torch.equal(a.rows, b.rows) and all(torch.equal(x, y) for x, y in zip(a.crops, b.crops))
+    equal = [torch.equal(x, y) for x, y in zip([a.params, *a.crops], [b.params, *b.crops])]
+    return all(equal)
 
 
 def test_views_are_a_function_of_seed_epoch_index_and_view():
@@ -475,15 +461,15 @@ def test_views_are_a_function_of_seed_epoch_index_and_view():
     multicrop = MultiCrop(32, (0.4, 1.0), 3, 16, (0.1, 0.4), mask)
     views = multicrop(image, (0, 1, 2))
     assert [x.shape for x in views.crops] == [(2, 32, 32, 3), (3, 16, 16, 3)]
-    assert views.rows.shape == (5, 16) and views.mask.shape == (2, 16)
+    assert views.params.shape == (5, 16) and views.mask.shape == (2, 16)
     torch.manual_seed(123), np.random.seed(123)    # whatever state a worker is in
     again = multicrop(image, (0, 1, 2))
     assert same_views(views, again) and torch.equal(views.mask, again.mask)
     for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
-        assert not torch.equal(views.rows, multicrop(image, other).rows)
-    assert len({tuple(row) for row in views.rows.tolist()}) == 5    # views differ from each other
+        assert not torch.equal(views.params, multicrop(image, other).params)
+    assert len({tuple(row) for row in views.params.tolist()}) == 5    # views differ from each other
     fewer = MultiCrop(32, (0.4, 1.0), 1, 16, (0.1, 0.4))(image, (0, 1, 2))
-    assert torch.equal(fewer.rows, views.rows[:3]) and fewer.mask.shape == (2, 0)
+    assert torch.equal(fewer.params, views.params[:3]) and fewer.mask.shape == (2, 0)
 
 
 def test_block_masks_are_rectangles_that_hide_the_share_asked_for():
@@ -520,10 +506,10 @@ def row(**values):
     return r
 
 
-def photometric(image, *rows):
-    """Photometric of one image under several rows at once, back in [0, 1]."""
-    batch = image.movedim(0, -1).expand(len(rows), -1, -1, -1)
-    return augment.denormalize(Photometric()(batch, torch.stack(rows)))
+def photometric(image, *params):
+    """Photometric of one image under several params at once, back in [0, 1]."""
+    batch = image.movedim(0, -1).expand(len(params), -1, -1, -1)
+    return augment.denormalize(Photometric()(batch, torch.stack(params)))
 
 
 def test_photometric_applies_each_samples_own_parameters_as_torchvision_does():
@@ -860,9 +846,11 @@ def test_three_epochs_step_by_step_by_hand(tmp_path):
         gradients, outputs = dict.fromkeys(parameters, 0.0), []
         for _ in range(2):
             views = [multicrop(images[i][0], (3, epoch, i)) for epoch, i in next(batches)]
-            boxes = torch.stack([v.rows for v in views], dim=1)[..., BOX]            # (views, B, 5)
-            x = [torch.stack([Photometric()(v.crops[i], v.rows[2 * i :][:2]) for v in views], dim=1)
-                 for i in (0, 1)]                                                  # (V, B, 3, S, S)
+            boxes = torch.stack([v.params for v in views], dim=1)[..., BOX]          # (views, B, 5)
+            x = []    # by resolution (V, B, 3, S, S)
+            for i in (0, 1):
+                colored = [Photometric()(v.crops[i], v.params[2 * i :][:2]) for v in views]
+                x.append(torch.stack(colored, dim=1))
             t, s = teacher(x[:1]), student(x)
             L_p, L_c, *_ = plain_losses(loss, t.p, t.c, s.p, s.c, boxes)
             L_I = plain_dino(s.embedding, t.embedding, center, (0.03, 0.06, 0.06)[step // 2])

@@ -218,12 +218,12 @@ class Training:
         """Bring a batch (augment.Views) to the device and color it: (views, boxes, mask)."""
         device = self.processes.device
         crops = [x.to(device, non_blocking=True).transpose(0, 1) for x in batch.crops]
-        rows = batch.rows.to(device, non_blocking=True).transpose(0, 1)          # (views, B, 16)
+        params = batch.params.to(device, non_blocking=True).transpose(0, 1)      # (views, B, 16)
         mask = batch.mask.to(device, non_blocking=True).transpose(0, 1)          # (G, B, N)
-        parts = rows.split([len(x) for x in crops])
+        parts = params.split([len(x) for x in crops])
         views = [self.photometric(x.flatten(0, 1), r.flatten(0, 1)).unflatten(0, x.shape[:2])
                  for x, r in zip(crops, parts)]                                  # (V, B, 3, S, S)
-        return views, rows[..., BOX], mask
+        return views, params[..., BOX], mask
 
     def step(self, step, batches):
         """Train on the next batches of an iterator; `step` steps were done before."""

@@ -252,9 +252,10 @@ def difference(A):
 
 def color_views(batch, device):
     """Return the global views (2, B, 3, S, S) of an augment.Views, and their boxes."""
-    crops, rows = batch.crops[0].to(device).transpose(0, 1), batch.rows.to(device).transpose(0, 1)
-    views = Photometric()(crops.flatten(0, 1), rows.flatten(0, 1))
-    return views.unflatten(0, crops.shape[:2]), rows[..., BOX]
+    crops = batch.crops[0].to(device).transpose(0, 1)
+    params = batch.params.to(device).transpose(0, 1)
+    views = Photometric()(crops.flatten(0, 1), params.flatten(0, 1))
+    return views.unflatten(0, crops.shape[:2]), params[..., BOX]
 
 
 def check_complaints(complaints):

@@ -44,22 +44,22 @@ def test_crops_are_resized_and_flipped_as_torchvision_does():
 
 def test_colors_follow_dinos_distributions():
     multicrop, image = MultiCrop(8, (0.5, 1.0), 2, 8, (0.2, 0.5)), picture(20, 20)
-    rows = torch.stack([multicrop(image, (0, 0, i)).rows for i in range(500)])    # (500, views, 16)
-    factors, hue = rows[..., augment.FACTORS], rows[..., augment.HUE]
-    sigma = rows[..., augment.SIGMA]
+    params = torch.stack([multicrop(image, (0, 0, i)).params for i in range(500)])
+    factors, hue = params[..., augment.FACTORS], params[..., augment.HUE]
+    sigma = params[..., augment.SIGMA]
     jittered = (factors != 1).any(dim=-1)
 
     def share(x, expected):    # within four standard deviations
         deviation = (expected * (1 - expected) / x.numel()) ** 0.5
         assert abs(x.float().mean() - expected) <= 4 * deviation
 
-    share(rows[..., 4], 0.5)    # flipped
+    share(params[..., 4], 0.5)    # flipped
     share(jittered, 0.8)
-    share(rows[..., augment.GRAY], 0.2)
-    share(rows[..., augment.GRAY][jittered], 0.2)    # independent
+    share(params[..., augment.GRAY], 0.2)
+    share(params[..., augment.GRAY][jittered], 0.2)    # independent
     for view, blurred, solarized in ((0, 1.0, 0.0), (1, 0.1, 0.2), (2, 0.5, 0.0), (3, 0.5, 0.0)):
         share(sigma[:, view] > 0, blurred)
-        share(rows[:, view, augment.SOLARIZE], solarized)
+        share(params[:, view, augment.SOLARIZE], solarized)
     drawn = torch.cat([factors[jittered], hue[jittered][:, None]], dim=1)
     ranges = [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1), (0.1, 2.0)]
     for values, (low, high) in zip([*drawn.T, sigma[sigma > 0]], ranges):    # each uniform
@@ -68,7 +68,7 @@ def test_colors_follow_dinos_distributions():
         assert abs(values.mean() - (low + high) / 2) < 4 * spread / values.numel() ** 0.5
         assert abs(values.std() / spread - 1) < 0.1
     assert (drawn.T.corrcoef() - torch.eye(4)).abs().max() < 4 / len(drawn) ** 0.5
-    orders = rows[..., augment.ORDER][jittered]
+    orders = params[..., augment.ORDER][jittered]
     assert len({tuple(order.tolist()) for order in orders}) == 24
     for position in range(4):
         share(orders[:, 3] == position, 0.25)    # hue comes anywhere
