@@ -138,7 +138,8 @@ def teacher_temperatures(args):
     """Return the teacher's temperatures, (epochs,), or for cls and patch (epochs, 2)."""
     def warm_up(low, high):
         n = args.warmup_teacher_temp_epochs
-        return torch.cat([torch.linspace(low, high, n), torch.full((args.epochs - n,), high)])
+        rise = torch.linspace(min(low, high), high, n)
+        return torch.cat([rise, torch.full((args.epochs - n,), high)])
 
     temperature = warm_up(args.warmup_teacher_temp, args.teacher_temp)
     if args.baseline not in ("ibot", "dino+"):

@@ -39,11 +39,16 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, argv=None, namespace=None):
         args, unknown = super().parse_known_args(argv, namespace)
         if unknown and self.strict:
-            self.error(f"unknown argument {unknown[0]}{self.suggest(unknown[0])}")
+            words = sys.argv[1:] if argv is None else list(argv)
+            before = words[words.index(unknown[0]) - 1] if unknown[0] in words[1:] else ""
+            self.error(f"unknown argument {unknown[0]}{self.suggest(unknown[0], before)}")
         return args, unknown
 
-    def suggest(self, word):
-        """Return "; did you mean --flag?", or "" where nothing is near."""
+    def suggest(self, word, before):
+        """Return "; did you mean --flag?", or "" where nothing is near. before: the word before."""
+        switch = before.removeprefix("--no-").removeprefix("--")
+        if word.lower() in ("true", "false", "1", "0") and f"--no-{switch}" in self.format_help():
+            return f"; a switch takes no value: give --{switch} or --no-{switch}"
         name = word.split("=")[0].lstrip("-").replace("-", "_")
         listed = re.findall(r"^  --.*", self.format_help(), re.MULTILINE)
         flags = re.findall(r"--([\w-]+)", " ".join(listed))
@@ -98,18 +103,20 @@ IBOT = dict(
     teacher_temp=0.07, teacher_patch_temp=0.07, warmup_teacher_temp_epochs=30,
     global_crops_scale=[0.4, 1.0], local_crops_number=10, local_crops_scale=[0.05, 0.4],
     batch_size_per_gpu=128, clip_grad=0.3,
+    li_weight=1.65,    # the release's (4 - alpha - beta) / 2, which made the published numbers
 )
 RECIPES = {
     "dino": {},
     "ibot": IBOT,
     "ibot-b": IBOT | dict(
-        arch="vit_base", norm_last_layer=True, warmup_teacher_temp_epochs=50, freeze_last_layer=3,
-        global_crops_scale=[0.32, 1.0], local_crops_scale=[0.05, 0.32], lr=0.00075, min_lr=2e-6,
+        arch="vit_base", relation_heads=12, norm_last_layer=True, warmup_teacher_temp_epochs=50,
+        freeze_last_layer=3, global_crops_scale=[0.32, 1.0], local_crops_scale=[0.05, 0.32],
+        lr=0.00075, min_lr=2e-6,
     ),
     "mocov3": dict(
         baseline="mocov3", stop_grad_conv1=True, drop_path_rate=0.0, out_dim=256, hidden_dim=4096,
         momentum_teacher=0.99, global_crops_scale=[0.08, 1.0], local_crops_number=0, lr=0.00015,
-        min_lr=0.0, warmup_epochs=40, weight_decay=0.1, weight_decay_end=0.1, clip_grad=0.0,
+        min_lr=0.0, warmup_epochs=13, weight_decay=0.1, weight_decay_end=0.1, clip_grad=0.0,
     ),
     "resnet50": dict(
         arch="resnet50", patch_size=32, drop_path_rate=0.0, relation_heads=8, overlap_global=7,
@@ -153,6 +160,7 @@ def parse_train_args(argv=None, prog="train.py", add_more_flags=None):
     parser.set_defaults(**RECIPES[recipe] | {"recipe": recipe})
     args = parser.parse_args(argv)
     args.output_dir = args.output_dir or f"runs/{args.recipe}"
+    set_overlap(args)
     if fault := find_fault(args):
         parser.error(fault)
     return args
@@ -214,9 +222,11 @@ def add_relation_flags(parser):
          "release, or the student as in the text", choices=["teacher", "student"])
     flag(g, "relation_heads", 6, SIZE, "M, groups of channels with a spatial relation each; "
          "divides the encoder's dim (Table 12)")
-    flag(g, "overlap_global", 13, SIZE, "points a side sampled in the overlap of two global views; "
-         "about the side of their feature map")
-    flag(g, "overlap_local", 6, SIZE, "the same where a local view takes part")
+    flag(g, "overlap_global", None, SIZE, "points a side sampled in the overlap of two global "
+         "views; if not given 13/14 of the side of their feature map, which is the paper's 13",
+         kind=int)
+    flag(g, "overlap_local", None, SIZE, "the same where a local view takes part; if not given the "
+         "side of its feature map, which is the paper's 6", kind=int)
     switch(g, "symmetric", False, "leave out the student's prediction heads g (Table 15)")
     flag(g, "channel_relation", "image", None, "what L_c relates channels over: each image (Eq. "
          "4), or the batch, as Barlow Twins does (Table 11)", choices=["image", "batch"])
@@ -231,27 +241,26 @@ def add_embedding_flags(parser):
     flag(g, "out_dim", 65536, SIZE, "K, outputs of the head; fewer (4096) learn faster on small "
          "data")
     flag(g, "hidden_dim", 2048, SIZE, "width of the head's MLP")
-    flag(g, "momentum_teacher", 0.996, "[0, 1]", "λ of the teacher's update at the start, to 1 by "
-         "cosine; nearer 1 (0.9995) for batches of 256 and less")
+    flag(g, "momentum_teacher", 0.996, "[0, 1]", "lambda of the teacher's update at the start, to "
+         "1 by cosine; nearer 1 (0.9995) for batches of 256 and less")
     g = parser.add_argument_group("DINO, iBOT")
     switch(g, "norm_last_layer", True, "keep the last layer's rows at length 1; stabler, and "
            "better for small encoders")
-    flag(g, "warmup_teacher_temp", 0.04, POSITIVE, "teacher temperature at the start; lower it "
-         "when the loss stays at ln(out_dim)")
-    flag(g, "teacher_temp", 0.04, POSITIVE, "teacher temperature after its warm-up; above 0.07 is "
-         "unstable")
+    flag(g, "teacher_temp", 0.04, POSITIVE, "teacher temperature after its warm-up; lower it when "
+         "the loss stays at ln(out_dim); above 0.07 is unstable")
     flag(g, "warmup_teacher_temp_epochs", 0, COUNT, "epochs of that warm-up, linear; also of the "
          "patch temperature's")
+    flag(g, "warmup_teacher_temp", 0.04, POSITIVE, "teacher temperature at the start of its "
+         "warm-up, where it has one; at most --teacher_temp is taken")
     flag(g, "freeze_last_layer", 1, COUNT, "epochs in which the head's last layer stays as it is; "
          "more when the loss does not fall")
     g = parser.add_argument_group("iBOT, DINO+ (patch embeddings)")
     switch(g, "shared_head", False, "one last layer, of out_dim outputs, for class and patch "
            "tokens")
     flag(g, "patch_out_dim", 8192, SIZE, "K of the patches' own last layer, without --shared_head")
-    flag(g, "warmup_teacher_patch_temp", 0.04, POSITIVE, "teacher temperature of patches at the "
-         "start")
     flag(g, "teacher_patch_temp", 0.04, POSITIVE, "teacher temperature of patches after the "
          "warm-up")
+    flag(g, "warmup_teacher_patch_temp", 0.04, POSITIVE, "the same at the start of the warm-up")
     flag(g, "pred_ratio", [0.0, 0.3], "[0, 1)", "iBOT: share of a global view's patches hidden "
          "from the student: one of these, drawn for each view", nargs="+", metavar="SHARE")
     flag(g, "pred_ratio_var", [0.0, 0.2], "[0, 1)", "iBOT: each share varies by up to so much",
@@ -287,6 +296,14 @@ def add_optimizer_flags(parser):
          "don't clip")
 
 
+def set_overlap(args):
+    """Choose the points of ⊙ that are not given by the side of the feature maps."""
+    if args.overlap_global is None:
+        args.overlap_global = max(1, round(args.global_crops_size / args.patch_size * 13 / 14))
+    if args.overlap_local is None:
+        args.overlap_local = max(1, args.local_crops_size // args.patch_size)
+
+
 def find_fault(args):
     """Return an error message for an invalid combination of flags, else None."""
     dim, processes = ARCHITECTURES[args.arch]["dim"], int(os.environ.get("WORLD_SIZE", 1))
@@ -305,7 +322,7 @@ def find_fault(args):
         return "--pred_ratio and --pred_ratio_var must be equally many"
     for share, variance in zip(args.pred_ratio, args.pred_ratio_var):
         if not 0 <= share - variance <= share + variance < 1:
-            return f"--pred_ratio {share:g} ± --pred_ratio_var {variance:g} must lie in [0, 1)"
+            return f"--pred_ratio {share:g} +- --pred_ratio_var {variance:g} must lie in [0, 1)"
     if args.warmup_epochs >= args.epochs:
         return f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}"
     if args.warmup_teacher_temp_epochs > args.epochs:

@@ -14,7 +14,7 @@ import evaluate
 import train
 from extras import benchmark, visualize
 from model import build_encoder
-from support.options import number, parse_evaluate_args, parse_train_args
+from support.options import EVALUATIONS, number, parse_evaluate_args, parse_train_args
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,13 +49,14 @@ IBOT = DINO | dict(
     baseline="ibot", alpha=0.2, beta=0.5, out_dim=8192, shared_head=True, teacher_temp=0.07,
     teacher_patch_temp=0.07, warmup_teacher_temp_epochs=30, pred_ratio=[0.0, 0.3],
     pred_ratio_var=[0.0, 0.2], local_crops_number=10, global_crops_scale=[0.4, 1.0],
-    local_crops_scale=[0.05, 0.4], clip_grad=0.3, batch_size_per_gpu=128, norm_last_layer=False)
+    local_crops_scale=[0.05, 0.4], clip_grad=0.3, batch_size_per_gpu=128, norm_last_layer=False,
+    li_weight=1.65)
 PAPER = {"dino": DINO, "ibot": IBOT, "ibot-b": IBOT | dict(
-    arch="vit_base", norm_last_layer=True, warmup_teacher_temp_epochs=50, freeze_last_layer=3,
-    lr=0.00075, min_lr=2e-6, global_crops_scale=[0.32, 1.0], local_crops_scale=[0.05, 0.32],
+    arch="vit_base", relation_heads=12, norm_last_layer=True, warmup_teacher_temp_epochs=50,
+    freeze_last_layer=3, lr=0.00075, min_lr=2e-6, global_crops_scale=[0.32, 1.0], local_crops_scale=[0.05, 0.32],
 ), "mocov3": DINO | dict(
     baseline="mocov3", moco_t=0.2, out_dim=256, momentum_teacher=0.99, local_crops_number=0,
-    lr=0.00015, min_lr=0.0, weight_decay=0.1, weight_decay_end=0.1, warmup_epochs=40,
+    lr=0.00015, min_lr=0.0, weight_decay=0.1, weight_decay_end=0.1, warmup_epochs=13,
     stop_grad_conv1=True, clip_grad=0.0, global_crops_scale=[0.08, 1.0],
 ), "resnet50": DINO | dict(
     arch="resnet50", patch_size=32, optimizer="sgd", lr=0.03, weight_decay=1e-4,
@@ -83,10 +84,32 @@ def test_a_recipe_is_named_or_follows_and_flags_override_it(flags, expected):
     assert {name: getattr(args, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize("flags, points", [
+    ("", (13, 6)), ("--patch_size 8", (26, 12)), ("--local_crops_number 0", (13, 6)),
+    ("--global_crops_size 32 --local_crops_size 16 --patch_size 4", (7, 4)),
+    ("--global_crops_size 64 --patch_size 8 --overlap_local 3 --local_crops_size 32", (7, 3)),
+])
+def test_points_of_the_overlap_follow_the_feature_maps(flags, points):
+    args = parse_train_args(["--data_path", "x", *flags.split()])
+    assert (args.overlap_global, args.overlap_local) == points
+
+
 def test_help_shows_the_recipes_values(capsys):
     with pytest.raises(SystemExit):
         parse_train_args(["--recipe", "ibot-b", "--help"])
     assert "(default: vit_base)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("function, command", [
+    (parse_train_args, ""), (benchmark.parse_args, ""), (parse_evaluate_args, ""),
+    *((parse_evaluate_args, task) for task in EVALUATIONS),
+    *((visualize.parse_args, name) for name in ("idea", "attention", "relations", "invariance")),
+])
+def test_help_is_readable_on_any_terminal(function, command, capsys):
+    with pytest.raises(SystemExit):
+        function([*command.split(), "--help"])
+    text = capsys.readouterr().out
+    assert "usage" in text and text.isascii()    # Windows' code page 1252 lacks Greek
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -132,7 +155,7 @@ def places(tmp_path_factory):
     ("--alpha 0 --beta 0 --li_weight 0", "0: nothing"), ("--warmup_epochs 3", "--epochs 3"),
     ("--warmup_teacher_temp_epochs 4", "--epochs 3"),
     ("--recipe ibot --pred_ratio 0.3", "equally"),
-    ("--recipe ibot --pred_ratio 0 0.3 --pred_ratio_var 0 0.4", "0.3 ± --pred_ratio_var 0.4"),
+    ("--recipe ibot --pred_ratio 0 0.3 --pred_ratio_var 0 0.4", "0.3 +- --pred_ratio_var 0.4"),
     ("--recipe mocov3 --batch_size_per_gpu 1", "--batch_size_per_gpu 1"),
     ("--recipe resnet50 --arch resnet50", "--patch_size 32"),
     ("--arch resnet50 --patch_size 32 --global_crops_size 64 --local_crops_number 0 "
@@ -189,6 +212,10 @@ WEIGHTS = "--pretrained_weights x --data_path x"
     (parse_train_args, "--batch_size=3", "--batch_size_per_gpu"),    # from DINO, iBOT, MAE, timm
     (parse_train_args, "--accum_iter 3", "--grad_accum_steps"),
     (parse_train_args, "--model vit_tiny", "--arch"),
+    (parse_train_args, "--batch-size 3", "--batch_size_per_gpu"),
+    (parse_train_args, "--workers 3", "--num_workers"),
+    (parse_train_args, "--saveckp_freq 3", "--checkpoint_steps"),
+    (parse_train_args, "--drop_path 0.1", "--drop_path_rate"),
     (parse_train_args, "--zzz 3", None),
     (benchmark.parse_args, "--stesp 3", "--steps"),
     (parse_evaluate_args, f"knn {WEIGHTS} --nb_kn 3", "--nb_knn"),
@@ -200,6 +227,12 @@ def test_an_unknown_flag_suggests_the_nearest(function, command, nearest, capsys
     unknown = next(word for word in reversed(command.split()) if word.startswith("--"))
     assert unknown in line
     assert line.endswith(f"did you mean {nearest}?") if nearest else "mean" not in line
+
+
+@pytest.mark.parametrize("flags", ["--norm_last_layer false", "--no-compile True", "--symmetric 1"])
+def test_a_switch_takes_no_value(flags, capsys):
+    switch = flags.split()[0].removeprefix("--no-").removeprefix("--")
+    assert f"--no-{switch}" in refusal(capsys, parse_train_args, flags.split())
 
 
 # --- the README -----------------------------------------------------------------------------------
