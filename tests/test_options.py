@@ -53,7 +53,8 @@ IBOT = DINO | dict(
     li_weight=1.65)
 PAPER = {"dino": DINO, "ibot": IBOT, "ibot-b": IBOT | dict(
     arch="vit_base", relation_heads=12, norm_last_layer=True, warmup_teacher_temp_epochs=50,
-    freeze_last_layer=3, lr=0.00075, min_lr=2e-6, global_crops_scale=[0.32, 1.0], local_crops_scale=[0.05, 0.32],
+    freeze_last_layer=3, lr=0.00075, min_lr=2e-6, global_crops_scale=[0.32, 1.0],
+    local_crops_scale=[0.05, 0.32],
 ), "mocov3": DINO | dict(
     baseline="mocov3", moco_t=0.2, out_dim=256, momentum_teacher=0.99, local_crops_number=0,
     lr=0.00015, min_lr=0.0, weight_decay=0.1, weight_decay_end=0.1, warmup_epochs=13,
