@@ -5,7 +5,7 @@
     python -m extras.visualize relations --pretrained_weights FILE ... --data_path P --output PNG
     python -m extras.visualize invariance --pretrained_weights FILE ... --data_path P --output PNG
 
-The order of the weights is that of the rows and bars.
+Weights are compared in the order given. `idea` takes one file.
 
 B batch (images), N patches or sampled points, C channels, M heads, G global views, S side of a
 picture
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import draw_bounding_boxes, draw_keypoints, make_grid, save_image
+from torchvision.utils import draw_bounding_boxes, draw_keypoints
 from tqdm import tqdm
 
 from augment import BOX, MultiCrop, Photometric, denormalize, normalize
@@ -42,9 +42,12 @@ def project(r):
     return F.relu(F.batch_norm(r.flatten(0, 1), None, None, training=True)).view(r.shape)
 
 
-def enlarge(pictures, size):
-    """Enlarge pictures (..., H, W) to (..., size, size) pixels, without smoothing."""
-    return F.interpolate(pictures, size=(size, size), mode="nearest")
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def enlarge(picture, size):
+    """Enlarge a picture (3, H, W) to (3, size, size) pixels, without smoothing."""
+    return F.interpolate(picture[None], size=(size, size), mode="nearest")[0]
 
 
 def hues(number, saturation):
@@ -52,32 +55,70 @@ def hues(number, saturation):
     return torch.tensor([colorsys.hsv_to_rgb(i / number, saturation, 1.0) for i in range(number)])
 
 
-def save_grid(tiles, columns, path):
-    save_image(make_grid(tiles, nrow=columns, padding=4, pad_value=1), path)
+def heat(values, size):
+    """Color (h, w) in [0, 1] black, red, yellow, white: (3, size, size)."""
+    return enlarge(torch.stack([(3 * values - i).clamp(0, 1) for i in range(3)]), size)
+
+
+def frame(picture, color, width=2):
+    """Draw a frame of a color (3,) into a picture (3, H, W), in place, and return it."""
+    picture[:, :width] = picture[:, -width:] = color[:, None, None]
+    picture[..., :width] = picture[..., -width:] = color[:, None, None]
+    return picture
+
+
+def cell_of(picture, index, side):
+    """Return the view of cell `index` of a picture of side x side cells, row by row."""
+    width = picture.shape[-1] / side
+    top, left, bottom, right = (
+        round(i * width) for i in (index // side, index % side, index // side + 1, index % side + 1)
+    )
+    return picture[:, top:bottom, left:right]
+
+
+def save_labeled(rows, path, margin=6, line=24):
+    """Save rows of (label, picture (3, S, S) in [0, 1]), each under its label.
+
+    A label may run on over the pictures to its right that have none.
+    """
+    S, columns = rows[0][0][1].shape[-1], max(map(len, rows))
+    size = (columns * (S + margin) + margin, len(rows) * (S + line + margin) + margin)
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
+    for i, row in enumerate(rows):
+        for j, (label, picture) in enumerate(row):
+            x, y = margin + j * (S + margin), margin + i * (S + line + margin)
+            draw.text((x, y), label, fill="black", font=font)
+            sheet.paste(to_pil_image(picture), (x, y + line))
+    sheet.save(path)
 
 
 # --- views and their overlaps ---------------------------------------------------------------------
 
 
 def draw_views(path, views, boxes, points):
-    """Draw the views of a few images, their overlaps and ⊙'s sampling points.
+    """Draw the views of a few images, their overlaps and the sampling points of ⊙.
 
-    A row an image. views: by resolution, global first, (V, B, 3, S, S). boxes: (views, B, 5).
+    A row is an image. views: by resolution, global first, (V, B, 3, S, S). boxes: (views, B, 5).
     points: a side, for global and for local views. First the first view with its overlap with the
     second, then each other view with its overlap with the first. One color in the first two
     pictures is one place.
     """
     G, B, _, S, _ = views[0].shape
-    S = S * max(1, 192 // S)
-    pictures = []
+    S, rows = S * max(1, 192 // S), []
     for b in range(B):
+        row = []
         for v, view in enumerate(view[b] for resolution in views for view in resolution):
-            picture = enlarge((255 * denormalize(view)).to(torch.uint8)[None], S)[0]
+            picture = enlarge((255 * denormalize(view)).to(torch.uint8), S)
             region, valid = overlap(boxes[v, b][None], boxes[int(v == 0), b][None])
-            size = points[0] if v < G else points[1]
-            pictures.append(mark_region(picture, boxes[v, b], region[0], size) if valid
-                            else picture // 3)    # dark: no overlap
-    save_grid(torch.stack(pictures) / 255, len(boxes), path)
+            label = f"global {v + 1}" if v < G else f"local {v + 1 - G}"
+            if valid:
+                picture = mark_region(picture, boxes[v, b], region[0], points[int(v >= G)])
+            else:    # dark
+                label, picture = f"{label}: no overlap", picture // 3
+            row.append((label, picture / 255))
+        rows.append(row)
+    save_labeled(rows, path)
 
 
 def mark_region(picture, box, region, size, only=None):
@@ -130,46 +171,20 @@ def draw_idea(path, encoder, images, heads, temperatures=(0.5, 0.1)):
     A_p = spatial_relation(tokens[:1], heads, temperatures[0]).softmax(dim=-1)[0].mean(dim=0).cpu()
     A_c = channel_relation(tokens[:1], temperatures[1]).softmax(dim=-1)[0].cpu()
     tokens, colors = tokens[0].cpu(), hues(6, 0.9)
-    picture = enlarge(denormalize(images[:1].cpu()), S)[0]
-    patch, maps = S // side, []
-    for n, color in zip(spread_out(tokens, 6), colors):
-        y, x = n // side, n % side
-        frame(picture[:, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch], color)
-        values = A_p[n].view(side, side) / A_p[n].max()
-        maps.append(frame(enlarge(heat(values)[None], S)[0], color, 4))
+    picture, above = enlarge(denormalize(images[0].cpu()), S), []
+    for i, (n, color) in enumerate(zip(spread_out(tokens, 6), colors), start=1):
+        frame(cell_of(picture, n, side), color)
+        resembling = heat(A_p[n].view(side, side) / A_p[n].max(), S)
+        above.append((f"A_p, patch {i}", frame(resembling, color, 4)))
     # two channels that differ, each with the one that it resembles most
     alike = F.normalize(tokens, dim=0).mT @ F.normalize(tokens, dim=0)
     pairs = [(k, int(alike.fill_diagonal_(0)[k].argmax())) for k in spread_out(tokens.mT, 2)]
     chosen = [k for pair in pairs for k in pair]
-    below = [("", torch.ones_like(picture))]
-    for k in chosen:
-        values = tokens[:, k].view(side, side) / tokens[:, k].max()
-        below.append((f"channel {k}", enlarge(heat(values)[None], S)[0]))
+    maps = [tokens[:, k].view(side, side) / tokens[:, k].max() for k in chosen]
+    below = [(f"channel {k}", heat(values, S)) for k, values in zip(chosen, maps)]
     relation = A_c[chosen][:, chosen]
-    relation = enlarge(heat(relation / relation.max())[None], S)[0]
-    above = [("image", picture)] + [(f"A_p, patch {i}", m) for i, m in enumerate(maps, start=1)]
-    save_labeled([above, [*below, ("A_c of these", relation)]], path)
-
-
-def frame(picture, color, width=2):
-    """Draw a frame of a color (3,) into a picture (3, H, W); return it."""
-    picture[:, :width] = picture[:, -width:] = color[:, None, None]
-    picture[..., :width] = picture[..., -width:] = color[:, None, None]
-    return picture
-
-
-def save_labeled(rows, path, margin=6, line=24):
-    """Save rows of (label, picture (3, S, S) in [0, 1]), each under its label."""
-    S, columns = rows[0][0][1].shape[-1], max(map(len, rows))
-    size = (columns * (S + margin) + margin, len(rows) * (S + line + margin) + margin)
-    sheet = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
-    for i, row in enumerate(rows):
-        for j, (label, picture) in enumerate(row):
-            x, y = margin + j * (S + margin), margin + i * (S + line + margin)
-            draw.text((x, y), label, fill="black", font=font)
-            sheet.paste(to_pil_image(picture), (x, y + line))
-    sheet.save(path)
+    below.append(("A_c of these", heat(relation / relation.max(), S)))
+    save_labeled([[("image", picture), *above], [("", torch.ones_like(picture)), *below]], path)
 
 
 # --- Fig. 4: attention ----------------------------------------------------------------------------
@@ -182,35 +197,18 @@ def class_attention(encoder, images):
     return attention / attention.sum(dim=-1, keepdim=True)
 
 
-def draw_attention(path, encoder, images):
-    """Draw class-token attention: a row an image, then a picture and color a head.
-
-    images: (B, 3, H, W), normalized. Brightness is attention, relative to the head's largest.
-    """
-    H, W = images.shape[-2:]
-    maps = class_attention(encoder, images)
-    maps = (maps / maps.amax(dim=-1, keepdim=True)).unflatten(-1, (H // encoder.patch_size, -1))
-    maps = F.interpolate(maps, size=(H, W), mode="nearest")                  # (B, M, H, W)
-    M = maps.shape[1]
-    images = denormalize(images.cpu())
-    gray = images.mean(dim=1, keepdim=True)[:, None]                         # (B, 1, 1, H, W)
-    heads = 0.35 * gray + 0.65 * maps[:, :, None] * hues(M, 0.8)[None, :, :, None, None]
-    tiles = torch.cat([images[:, None], heads], dim=1).flatten(0, 1)
-    save_grid(enlarge(tiles, H * max(1, 192 // H)), 1 + M, path)
-
-
-def kept_attention(attention, mass=0.6):
+def kept_attention(attention, mass):
     """Mark the fewest patches that hold `mass` of a head's attention (..., N)."""
     values, order = attention.sort(dim=-1, descending=True)
     before = values.cumsum(dim=-1) - values    # what better patches hold already
     return torch.zeros_like(attention, dtype=torch.bool).scatter(-1, order, before < mass)
 
 
-def overlay_attention(encoder, images, mass=0.6):
+def color_attention(encoder, images, mass):
     """Color images (B, 3, H, W), normalized, by the head that looks most.
 
-    Returns pictures in [0, 1]. A patch is colored if it is among those that hold `mass` of a head's
-    attention; others are dark.
+    Returns pictures in [0, 1]. A patch has a color if it is among those that hold `mass` of a
+    head's attention. Others are dark and gray, so that no color is the photograph's.
     """
     H, W = images.shape[-2:]
     attention = class_attention(encoder, images)
@@ -220,8 +218,19 @@ def overlay_attention(encoder, images, mass=0.6):
     shown = kept.any(dim=1, keepdim=True).float()                            # (B, 1, N)
     grid = (H // encoder.patch_size, W // encoder.patch_size)
     colors, shown = (F.interpolate(x.unflatten(-1, grid), size=(H, W)) for x in (colors, shown))
-    images = denormalize(images.cpu())
-    return torch.where(shown > 0, 0.5 * images + 0.5 * colors, 0.4 * images)
+    gray = denormalize(images.cpu()).mean(dim=1, keepdim=True)               # (B, 1, H, W)
+    return torch.where(shown > 0, 0.4 * gray + 0.6 * colors, 0.4 * gray)
+
+
+def draw_attention(path, encoders, names, images, mass=0.6):
+    """Draw Fig. 4: a row of images (B, 3, S, S), normalized, then a row for each encoder."""
+    S = images.shape[-1] * max(1, 192 // images.shape[-1])
+    rows = [("image", denormalize(images.cpu()))]
+    for name, encoder in zip(names, encoders):
+        label = f"{name}: a color for each head, where {mass:.0%} of its attention is"
+        rows.append((label, color_attention(encoder, images, mass)))
+    save_labeled([[(label if i == 0 else "", enlarge(picture, S))
+                   for i, picture in enumerate(pictures)] for label, pictures in rows], path)
 
 
 # --- Fig. 5 and 6: self-relations of two views ----------------------------------------------------
@@ -282,47 +291,48 @@ def invariance(encoder, loader, heads, size, device):
 
 
 @torch.no_grad()
-def draw_relations(path, encoders, views, boxes, heads, size, images, cells):
+def draw_relations(path, encoders, names, views, boxes, heads, size, images, cells):
     """Draw Fig. 5: a row for each image, encoder and chosen cell of the overlap.
 
-    cells: (row, column). The two views with the overlap (red) and the cell; the cell's spatial
-    self-relation in each, mean over M heads; their difference. Flipped views are turned back.
-    views: (2, B, 3, S, S), boxes: (2, B, 5); images: which of the B are drawn: statistics want
-    more.
+    The two views with the overlap (red) and the cell, the cell's spatial self-relation in each
+    (mean over M heads, the cell framed), and their difference, all three to one scale. Flipped
+    views are turned back. views: (2, B, 3, S, S), boxes: (2, B, 5). images: which of the B are
+    drawn, as statistics want more. cells: (row, column).
     """
     region, _ = overlap(*boxes)
     relations = [self_relations(encoder, views, boxes, heads, size)[0].mean(dim=2).cpu()
                  for encoder in encoders]                                    # (2, B, size², size²)
-    S, pictures = max(192, views.shape[-1]), []
+    S, rows = max(192, views.shape[-1]), []
     flipped = boxes[:, :, 4].cpu() > 0
     boxes = torch.cat([boxes[:, :, :4], torch.zeros_like(boxes[:, :, 4:])], dim=2).cpu()
     for b in images:
-        for A in relations:
+        turned = [view.flip(-1) if f else view for view, f in zip(views[:, b].cpu(), flipped[:, b])]
+        pictures = [enlarge((255 * denormalize(view)).to(torch.uint8), S) for view in turned]
+        for name, A in zip(names, relations):
             for y, x in cells:
-                for v in range(2):
-                    view = views[v, b].cpu()
-                    view = denormalize(view.flip(-1) if flipped[v, b] else view)
-                    picture = enlarge((255 * view).to(torch.uint8)[None], S)[0]
-                    cell = y * size + x
-                    marked = mark_region(picture, boxes[v, b], region[b].cpu(), size, only=cell)
-                    pictures.append(marked / 255)
+                cell, row = y * size + x, []
+                for v, label in enumerate((f"{name}: view 1", "view 2")):
+                    place = boxes[v, b], region[b].cpu(), size
+                    row.append((label, mark_region(pictures[v], *place, only=cell) / 255))
                 first, second = A[:, b, cell].unflatten(-1, (size, size))
                 largest = torch.maximum(first, second).max()
-                for values in (first, second, (first - second).abs()):
-                    pictures.append(enlarge(heat(values / largest)[None], S)[0])
-    save_grid(torch.stack(pictures), 5, path)
-
-
-def heat(values):
-    """Color (h, w) in [0, 1] black, red, yellow, white: (3, h, w)."""
-    return torch.stack([(3 * values - i).clamp(0, 1) for i in range(3)])
+                for label, values in (("A_p, view 1", first), ("A_p, view 2", second),
+                                      ("difference", (first - second).abs())):
+                    picture = heat(values / largest, S)
+                    frame(cell_of(picture, cell, size), torch.tensor([0.0, 0.8, 1.0]))
+                    row.append((f"{label}, 0 to {largest:.2g}", picture))
+                rows.append(row)
+    save_labeled(rows, path)
 
 
 def draw_bars(path, names, values):
     """Draw bars from 0, a group a title. values: {title: a number for each name}."""
     width, line, left = 720, 22, 240
-    picture = Image.new("RGB", (width, (len(names) + 2) * line * len(values)), "white")
+    height = (len(names) + 2) * line * len(values) + line
+    picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
+    scale = "total variation, 0 equal, 1 disjoint: lower is more invariant"
+    draw.text((left, height - line), scale, fill="black")
     for group, (title, numbers) in enumerate(values.items()):
         top = group * (len(names) + 2) * line + line // 2
         draw.text((left, top), title, fill="black")
@@ -352,8 +362,8 @@ def parse_args(argv=None):
     ):
         g = figures.add_parser(name, prog="extras.visualize", usage=usage.replace("FIGURE", name),
                                help=help, description=help)
-        flag(g, "pretrained_weights", None, None, "files as for evaluate.py; one or several, "
-             "compared", nargs="+", required=True, metavar="FILE")
+        flag(g, "pretrained_weights", None, None, "files as for evaluate.py; one or, but for idea, "
+             "several, compared", nargs=1 if name == "idea" else "+", required=True, metavar="FILE")
         flag(g, "data_path", None, None, "folder or name as for train.py; the images are of its "
              "val, if it has one")
         flag(g, "images", None, None, "these images, in place of --data_path's", nargs="+",
@@ -371,7 +381,8 @@ def parse_args(argv=None):
         flag(g, "relation_heads", 6, SIZE, "M")
         if name == "idea":
             continue
-        flag(g, "overlap", 13, SIZE, "points a side in the overlap")
+        flag(g, "overlap", None, SIZE, "points a side in the overlap; if not given 13/14 of the "
+             "side of the first encoder's feature map", kind=int)
         flag(g, "num_workers", min(4, os.cpu_count() or 1), COUNT, "loader processes")
         if name == "relations":
             flag(g, "points", 2, SIZE, "cells of the overlap, an image")
@@ -434,53 +445,44 @@ def center_crops(images, size, device):
     return normalize(crops.to(device).float() / 255)
 
 
-def attention_figure(args, encoders, images, size, device):
+def attention_figure(args, encoders, names, images, size, device):
     for path, encoder in zip(args.pretrained_weights, encoders):
         if not encoder.heads:
             raise UserError(f"{path} holds a ResNet, which has no attention")
-    batch = center_crops(images, size, device)
-    rows = [overlay_attention(encoder, batch, args.mass) for encoder in encoders]
-    tiles = torch.cat([denormalize(batch.cpu()), *rows])
-    save_grid(enlarge(tiles, size * max(1, 192 // size)), len(batch), args.output)
-    print(f"{args.output}: rows are the images, then {', '.join(args.pretrained_weights)}")
+    draw_attention(args.output, encoders, names, center_crops(images, size, device), args.mass)
 
 
-def relations_figure(args, encoders, loader, device):
+def relations_figure(args, encoders, names, loader, device):
     batch, complaints = next(iter(loader))
     check_complaints(complaints)
     views, boxes = color_views(batch, device)
     _, valid = overlap(*boxes)
-    shown = valid.nonzero().flatten().tolist()[: args.number]
+    shown = valid.nonzero().flatten().tolist()[: None if args.images else args.number]
     if not shown:
         raise UserError("no two views of these images overlap; try another --seed")
     cells = np.random.default_rng(args.seed).integers(0, args.overlap, (args.points, 2)).tolist()
     M, size = args.relation_heads, args.overlap
-    draw_relations(args.output, encoders, views, boxes, M, size, shown, cells)
-    print(f"{args.output}: {len(shown)} image(s), of each {args.points} cell(s) for "
-          f"{', then '.join(args.pretrained_weights)}")
+    draw_relations(args.output, encoders, names, views, boxes, M, size, shown, cells)
 
 
-def invariance_figure(args, encoders, loader, size, device):
-    names = args.pretrained_weights
+def invariance_figure(args, encoders, names, loader, size, device):
     values = [invariance(encoder, loader, args.relation_heads, args.overlap, device)
               for encoder in encoders]
     print(f"mean difference of the self-relations of two views, {len(loader.dataset)} images, "
-          f"{size} px (total variation: 0 equal, 1 disjoint)")
-    for name, (spatial, channel) in zip(names, values):
+          f"{size} px (total variation: 0 equal, 1 disjoint; lower is more invariant)")
+    for name, (spatial, channel) in zip(args.pretrained_weights, values):
         print(f"{name}: spatial {spatial:.4f}  channel {channel:.4f}")
     draw_bars(args.output, names, {"spatial self-relation": [v[0] for v in values],
                                    "channel self-relation": [v[1] for v in values]})
-    result = {name: dict(zip(("spatial", "channel"), v)) for name, v in zip(names, values)}
+    result = {path: dict(zip(("spatial", "channel"), v))
+              for path, v in zip(args.pretrained_weights, values)}
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
-    print(args.output)
     return result
 
 
-def draw(args, processes):
-    device = processes.device
-    for name in ("output", "json"):
-        check_output(name, getattr(args, name, None))
+def load_encoders(args, device):
+    """Return the encoders, and the side in pixels that they are to see."""
     heads = args.heads * (len(args.pretrained_weights) // len(args.heads))
     encoders = [load_encoder(path, heads=number).to(device)
                 for path, number in zip(args.pretrained_weights, heads)]
@@ -492,18 +494,34 @@ def draw(args, processes):
         if args.figure != "attention" and encoder.dim % args.relation_heads:
             raise UserError(f"--relation_heads {args.relation_heads} does not divide the "
                             f"{encoder.dim} channels of {path}")
-    images, processes.working = choose_images(args), True
+    return encoders, size
+
+
+def draw(args, processes):
+    """Draw the figure that the arguments name; return its numbers, if it has any."""
+    if processes.distributed:
+        raise UserError("figures are drawn by one process: leave out torchrun")
+    for name in ("output", "json"):
+        check_output(name, getattr(args, name, None))
+    encoders, size = load_encoders(args, processes.device)
+    names = ["/".join(Path(path).parts[-2:]) for path in args.pretrained_weights]
+    images, processes.working, result = choose_images(args), True, None
     if args.figure == "attention":
-        return attention_figure(args, encoders, images, size, device)
-    if args.figure == "idea":
-        batch = center_crops(images, size, device)
-        return draw_idea(args.output, encoders[0], batch, args.relation_heads)
-    views = ViewsOfImages(images, MultiCrop(size, local_crops_number=0), args.seed)
-    keys = [(0, i) for i in range(len(images))]
-    loader = DataLoader(views, min(64, len(images)), sampler=keys, num_workers=args.num_workers)
-    if args.figure == "relations":
-        return relations_figure(args, encoders, loader, device)
-    return invariance_figure(args, encoders, loader, size, device)
+        attention_figure(args, encoders, names, images, size, processes.device)
+    elif args.figure == "idea":
+        batch = center_crops(images, size, processes.device)
+        draw_idea(args.output, encoders[0], batch, args.relation_heads)
+    else:
+        args.overlap = args.overlap or max(1, round(size / encoders[0].patch_size * 13 / 14))
+        views = ViewsOfImages(images, MultiCrop(size, local_crops_number=0), args.seed)
+        keys = [(0, i) for i in range(len(images))]
+        loader = DataLoader(views, min(64, len(images)), sampler=keys, num_workers=args.num_workers)
+        if args.figure == "relations":
+            relations_figure(args, encoders, names, loader, processes.device)
+        else:
+            result = invariance_figure(args, encoders, names, loader, size, processes.device)
+    print(args.output)
+    return result
 
 
 def main(argv=None):

@@ -301,7 +301,8 @@ class Run:
             crop = evaluation_crop(self.args.global_crops_size)
             crops = torch.stack([crop(images[int(i)][0]) for i in chosen])
             path = self.folder / "attention.png"
-            draw_attention(path, encoder, normalize(crops.to(self.processes.device).float() / 255))
+            crops = normalize(crops.to(self.processes.device).float() / 255)
+            draw_attention(path, [encoder], [f"step {self.step}"], crops)
             self.lines.picture(path, self.step)
 
     def finish(self):

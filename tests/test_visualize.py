@@ -12,6 +12,7 @@ from torch import nn
 from augment import Views, denormalize
 from extras import visualize
 from model import build_encoder
+from relations import spatial_relation
 from sampler import region_align
 
 CPU = torch.device("cpu")
@@ -27,10 +28,15 @@ def read(path):
     return torch.from_numpy(np.asarray(Image.open(path)).copy()) / 255
 
 
+def shape(rows, columns, side=192):
+    """Return (height, width) of a labeled sheet: a line of 24, and a margin of 6 around each."""
+    return 6 + rows * (side + 30), 6 + columns * (side + 6)
+
+
 def tile(picture, row, column, side=192):
-    """Cut a tile out of a grid: 4 pixels lie between any two, and around all."""
-    y, x = 4 + (side + 4) * row, 4 + (side + 4) * column
-    return picture[y : y + side, x : x + side]
+    """Cut a picture out of a labeled sheet."""
+    y, x = shape(row, column, side)
+    return picture[y + 24 : y + 24 + side, x : x + side]
 
 
 def middles(picture, number):
@@ -65,7 +71,7 @@ def test_views_have_a_row_an_image_and_are_dark_without_an_overlap(tmp_path):
     boxes[2, 1, :4] = torch.tensor([0.6, 0.6, 0.9, 0.9])    # the local view of image 1
     visualize.draw_views(tmp_path / "x.png", views, boxes, (3, 2))
     picture = read(tmp_path / "x.png")
-    assert picture.shape == (4 + 2 * 196, 4 + 3 * 196, 3)
+    assert picture.shape == (*shape(2, 3), 3)
     gray = denormalize(torch.zeros(3, 1, 1)).flatten()
     for row, column in np.ndindex(2, 3):
         shade = gray / 3 if (row, column) == (1, 2) else gray
@@ -84,23 +90,6 @@ def three_colors(saturation):
     return 1 - saturation + saturation * torch.eye(3)
 
 
-def test_attention_has_a_row_an_image_and_a_color_a_head(tmp_path):
-    vit, images = tiny_vit(), patchwork(2)
-    nn.init.normal_(vit.cls_token), nn.init.normal_(vit.blocks[1].attn.qkv.weight)
-    visualize.draw_attention(tmp_path / "x.png", vit, images)
-    picture, attention = read(tmp_path / "x.png"), class_attention(vit, images)
-    assert picture.shape == (4 + 2 * 196, 4 + 4 * 196, 3)
-    brightness = attention / attention.amax(dim=-1, keepdim=True)
-    originals = denormalize(images)[:, :, 4::8, 4::8].movedim(1, -1)    # (B, 4, 4, 3)
-    for b in range(2):
-        half = 0.51 / 255    # of uint8
-        close(middles(tile(picture, b, 0), 4), originals[b], rtol=0, atol=half)
-        for m, color in enumerate(three_colors(0.8)):
-            looks = brightness[b, m].view(4, 4, 1)
-            expected = 0.35 * originals[b].mean(dim=-1, keepdim=True) + 0.65 * looks * color
-            close(middles(tile(picture, b, 1 + m), 4), expected, rtol=0, atol=half)
-
-
 def test_kept_attention_is_the_smallest_set_with_that_mass():
     attention = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.7, 0.1, 0.1, 0.1]])
     kept = visualize.kept_attention(attention, 0.6)
@@ -108,23 +97,29 @@ def test_kept_attention_is_the_smallest_set_with_that_mass():
     assert visualize.kept_attention(attention, 0.05).sum(dim=-1).tolist() == [1, 1]
 
 
-def test_overlaid_attention_has_the_colors_of_the_heads_that_look_most():
-    vit, images = tiny_vit(), torch.randn(8, 3, 32, 32)
+def test_attention_has_the_color_of_the_head_that_looks_most_and_is_gray_elsewhere(tmp_path):
+    vit, images = tiny_vit(), patchwork(8)
     nn.init.normal_(vit.cls_token), nn.init.normal_(vit.blocks[1].attn.qkv.weight, std=0.5)
     vit.blocks[1].attn.qkv.weight.data[:4] *= 0.1    # the first head looks about
     attention = class_attention(vit, images)
     kept = visualize.kept_attention(attention, 0.6)
-    pictures, originals = visualize.overlay_attention(vit, images), denormalize(images)
+    visualize.draw_attention(tmp_path / "x.png", [vit, vit], ["a", "b"], images)
+    picture, originals = read(tmp_path / "x.png"), denormalize(images)[:, :, 4::8, 4::8]
+    assert picture.shape == (*shape(3, 8), 3)    # a row of images, then one an encoder
     colors, seen, unkept = three_colors(0.9), set(), 0
-    for b, n in np.ndindex(8, 16):
-        y, x = 8 * (n // 4), 8 * (n % 4)
-        original = originals[b, :, y : y + 8, x : x + 8]
-        heads = [m for m in range(3) if kept[b, m, n]]
-        most = max(heads, key=lambda m: attention[b, m, n]) if heads else None
-        expected = 0.5 * original + 0.5 * colors[most][:, None, None] if heads else 0.4 * original
-        close(pictures[b, :, y : y + 8, x : x + 8], expected)
-        seen.add(most)
-        unkept += bool(heads) and most != attention[b, :, n].argmax()
+    for b in range(8):
+        close(middles(tile(picture, 0, b), 4), originals[b].movedim(0, -1), rtol=0, atol=1 / 255)
+        for n in range(16):
+            y, x = n // 4, n % 4
+            gray = originals[b, :, y, x].mean()
+            heads = [m for m in range(3) if kept[b, m, n]]
+            most = max(heads, key=lambda m: attention[b, m, n]) if heads else None
+            expected = 0.4 * gray + (0.6 * colors[most] if heads else torch.zeros(3))
+            for row in (1, 2):
+                color = middles(tile(picture, row, b), 4)[y, x]
+                close(color, expected, rtol=0, atol=1 / 255)    # of uint8
+            seen.add(most)
+            unkept += bool(heads) and most != attention[b, :, n].argmax()
     assert None in seen and len(seen) > 2 and unkept    # or little was compared
 
 
@@ -184,7 +179,7 @@ def test_figure_5_ends_with_the_difference_and_turns_views_back(tmp_path, monkey
     views[0, ..., :16], views[1, ..., 16:] = -2, -2    # the second is the first, mirrored
     boxes = torch.tensor([0.1, 0.2, 0.8, 0.9, 0.0]).repeat(2, 1, 1)
     boxes[1, 0, 4] = 1
-    visualize.draw_relations(tmp_path / "x.png", [None], views, boxes, 1, 4, [0], [(2, 1)])
+    visualize.draw_relations(tmp_path / "x.png", [None], ["a"], views, boxes, 1, 4, [0], [(2, 1)])
     picture = read(tmp_path / "x.png")
     first, second = A[:, 0, 0, 2 * 4 + 1].unflatten(-1, (4, 4))    # of row 2, column 1
     largest = max(first.max(), second.max())
@@ -205,19 +200,38 @@ def weights(tmp_path):
 
 def figure(name, weights, folder, output, *flags):
     """Return the command of a figure."""
-    flags = [*flags] if name == "attention" else [*flags, "--overlap", "4", "--num_workers", "0"]
+    flags = [*flags, "--num_workers", "0"] if name in ("relations", "invariance") else [*flags]
     return [name, "--pretrained_weights", *weights, "--data_path", str(folder),
             "--output", str(output), *flags]
 
 
-@pytest.mark.parametrize("name, number, columns, rows", [
-    ("attention", 3, 3, 1 + 2),       # a row of images, then one an encoder
-    ("relations", 2, 5, 2 * 2 * 2),   # images, encoders, cells
+@pytest.mark.parametrize("name, flags, rows, columns", [
+    ("idea", "", 2, 7),
+    ("attention", "--number 3", 1 + 2, 3),        # a row of images, then one an encoder
+    ("attention", "--images {image} {image}", 1 + 2, 2),
+    ("relations", "--number 1", 1 * 2 * 2, 5),    # images, encoders, cells
+    ("relations", "--images {image} {image} {image} --points 1", 3 * 2 * 1, 5),    # all of them
 ])
-def test_pictures_from_the_command_line(name, number, columns, rows, weights, folder, tmp_path):
-    output = tmp_path / "x.png"
-    visualize.main(figure(name, weights, folder, output, "--number", str(number)))
-    assert Image.open(output).size == (4 + 196 * columns, 4 + 196 * rows)
+def test_pictures_from_the_command_line(name, flags, rows, columns, weights, folder, tmp_path):
+    output, image = tmp_path / "x.png", folder / "train/class0/0.png"
+    weights = weights[:1] if name == "idea" else weights
+    visualize.main(figure(name, weights, folder, output, *flags.format(image=image).split()))
+    assert Image.open(output).size == shape(rows, columns)[::-1]
+
+
+def test_the_idea_frames_each_patch_and_draws_its_row_of_a_p(tmp_path):
+    vit, images, colors = tiny_vit(depth=0), patchwork(6), visualize.hues(6, 0.9)
+    nn.init.zeros_(vit.pos_embed), nn.init.normal_(vit.patch_embed.proj.weight)
+    visualize.draw_idea(tmp_path / "x.png", vit, images, heads=3)
+    picture = read(tmp_path / "x.png")
+    tokens = visualize.project(vit(images)[:, 1:])[0]
+    A_p = spatial_relation(tokens[None], 3, 0.5).softmax(dim=-1)[0].mean(dim=0)
+    corners = tile(picture, 0, 0)[1::48, 1::48]    # of the 4 x 4 patches
+    for i, color in enumerate(colors):
+        (patch,) = ((corners - color).abs().amax(dim=-1) < 1 / 255).flatten().nonzero().flatten()
+        shown = middles(tile(picture, 0, 1 + i), 4).sum(dim=-1)    # of heat, 0 to 3
+        expected = 3 * A_p[patch].view(4, 4) / A_p[patch].max()
+        close(shown, expected, rtol=0, atol=2 / 255)
 
 
 def test_invariance_from_the_command_line(weights, folder, tmp_path):
