@@ -6,8 +6,12 @@ import pytest
 import torch
 from helpers import image_folder, run
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # read with cuBLAS's first product
-torch.set_num_threads(1)    # small tensors; two threads would spin
+
+@pytest.fixture(autouse=True, scope="session")
+def settings():
+    """Compute with one thread, as tensors are small, and repeatably with cuBLAS."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # read with its first product
 
 
 @pytest.fixture(autouse=True)
