@@ -8,9 +8,10 @@ import torch
 from helpers import image_folder
 from PIL import Image
 
-from data import NoSplit, Readable, ViewsOfImages, build_dataset, decode, labeled
+from data import NoSplit, Readable, ViewsOfImages, build_dataset, labeled
 from support import named_sets
 from support.errors import UserError
+from support.files import decode
 
 
 def broken_images(folder):
