@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -109,13 +109,16 @@ def opened(path):
         raise UserError(f"{path} is no file")
     allow_pixels(os.environ.get("MAX_IMAGE_PIXELS"))
     try:
-        with Image.open(path) as image:
+        # Given the path, Pillow 13 maps a raw TIFF into memory, and garbles it in turning it.
+        with open(path, "rb") as file, Image.open(file) as image:
             yield image
     except UserError:
         raise
     except Image.DecompressionBombError as error:
         raise UserError(f"{path} is very large: {error} If you trust the file, set "
                         "MAX_IMAGE_PIXELS=N in the environment to allow N pixels") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} can't be read as an image: no format of Pillow's") from error
     except Exception as error:    # Pillow's codecs raise OSError, SyntaxError, ValueError, and more
         raise UserError(f"{path} can't be read as an image: {error}") from error
 
