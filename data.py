@@ -1,20 +1,18 @@
 """Where training images come from: folders, torchvision's data sets, `shapes`.
 
 A data set here is map-style and gives (uint8 image (3, H, W), label or -1). It has `labels`, a
-tensor of all of them that costs no decoding, and `classes`, their number.
+tensor of all of them that costs no decoding, `classes`, their number, and `identity`, a string that
+is equal for the same images in another place.
 """
 
 import os
-from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 from torch.utils.data import Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.v2.functional import pil_to_tensor
 
+from support.class_folders import check_classes, class_of, find_classes, find_split
 from support.errors import UserError
+from support.files import EXTENSIONS, ImageFiles, walk
 from support.named_sets import NAMES, named_set
 
 
@@ -22,76 +20,75 @@ class NoSplit(UserError):
     """A data set lacks the split that was asked for."""
 
 
-def build_dataset(path, split):
+def build_dataset(path, split, label_depth=None, classes=None):
     """Return the images at `path`, a folder or one of NAMES.
 
-    split: "train" or "val". A folder with train/ and val/ has the labels of the folders in train/.
-    Any other folder is one set of images, nested as it likes, without labels, and has no "val".
+    split: "train" or "val". A folder with train/ and val/ has the labels of the folders in train/;
+    ImageNet-S's validation/ is a val/. Any other folder is one set of images, nested as it likes,
+    without labels, and has no "val".
+    label_depth: on which level below train/ the class folders are; if None the first, where that is
+    certain. classes: a file of the class folders to use, a name a line; None for all.
     Raises UserError, NoSplit for a folder without that split.
     """
     path = str(path)
     if path in NAMES:
+        if classes:
+            raise UserError(f"--classes is for folders with train/, not for {path}")
         return named_set(path, split)
-    root = Path(path)
-    if not root.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path} is neither a folder nor one of {', '.join(NAMES)}")
-    if split == "train" and not (root / "train").is_dir():
-        return ImageFiles(root, classes=[])
-    if not ((root / "train").is_dir() and (root / split).is_dir()):
-        raise NoSplit(f"{path} needs both train/ and {split}/, with a folder a class in each")
-    classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
-    return ImageFiles(root / split, classes)
+    train, folder = find_split(path, "train"), find_split(path, split)
+    if not folder and split == "val":
+        raise NoSplit(f"{path} needs both train/ and val/, with a folder for each class in each")
+    if not train:
+        if classes:
+            raise UserError(f"--classes is for folders with train/, which {path} has not")
+        return unlabeled_images(path, f"{path} has no train/")
+    names = find_classes(train, label_depth, classes)
+    if len(names) < 2:
+        found = f"one class only, {names[0]}" if names else "no class folders"
+        return unlabeled_images(folder, f"{train} has {found}")
+    return labeled_images(folder, names, label_depth, only_these=classes is not None)
+
+
+def unlabeled_images(root, reason):
+    """Return all images below a folder, without labels; reason: why."""
+    folders = list(walk(root))
+    names = relative_names(root, folders)
+    return ImageFiles(root, names, [-1] * len(names), classes=0, unlabeled=reason)
+
+
+def labeled_images(root, classes, label_depth, only_these):
+    """Return all images below train/ or val/.
+
+    The label is the number in `classes` of the folder on level label_depth that an image is in; -1
+    for images above that level. only_these: leave out all others; if not, they are an error.
+    """
+    depth = label_depth or 1
+    number = {name: label for label, name in enumerate(classes)}
+    folders = [folder for folder in walk(root)
+               if not only_these or class_of(folder, depth) in number]
+    check_classes(root, folders, label_depth)
+    labels = []
+    for folder in folders:
+        name = class_of(folder, depth)
+        if folder.images and name is not None and name not in number:
+            raise UserError(f"{folder.path} holds images of a class that train/ does not have")
+        labels += [number.get(name, -1)] * len(folder.images)
+    return ImageFiles(root, relative_names(root, folders), labels, len(classes))
+
+
+def relative_names(root, folders):
+    """Return the names of all images in folders of a walk of root, relative to it."""
+    names = ["/".join((*folder.parts, name)) for folder in folders for name in folder.images]
+    if not names:
+        raise UserError(f"no images below {root} ({' '.join(EXTENSIONS)})")
+    return names
 
 
 def labeled(images):
     """Return the indices of the images of a data set that have a label, a tensor."""
     return (images.labels >= 0).nonzero().flatten()
-
-
-def decode(path):
-    """Read an image file as uint8 RGB (3, H, W). Raises UserError naming a bad file."""
-    try:
-        with Image.open(path) as image:
-            return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
-    except Exception as error:    # Pillow's codecs raise OSError, SyntaxError, ValueError, and more
-        raise UserError(f"{path} can't be read as an image: {error}") from error
-
-
-class ImageFiles(Dataset):
-    """All image files below a folder, sorted.
-
-    The label is the number in `classes` of the first folder below root. Raises UserError for a
-    folder without images and for a class that is not in `classes`.
-    """
-
-    def __init__(self, root, classes):
-        paths, labels, seen = [], [], set()
-        for folder, subfolders, files in os.walk(root, followlinks=True):
-            if os.path.realpath(folder) in seen:    # a link back to a folder above
-                subfolders.clear()
-                continue
-            seen.add(os.path.realpath(folder))
-            subfolders.sort()
-            name = Path(folder).relative_to(root).parts[:1]
-            files = [os.path.join(folder, f) for f in files if f.lower().endswith(IMG_EXTENSIONS)]
-            if files and name and classes and name[0] not in classes:
-                raise UserError(f"{folder} holds images of a class that train/ does not have")
-            paths += sorted(files)
-            labels += [classes.index(name[0]) if name and classes else -1] * len(files)
-        if not paths:
-            raise UserError(f"no images below {root} ({' '.join(IMG_EXTENSIONS)})")
-        # One array of bytes: workers would come to copy a list of strings, by counting references.
-        self.paths = np.array([os.fsencode(path) for path in paths])
-        self.labels, self.classes = torch.tensor(labels), len(classes)
-
-    def __len__(self):
-        return len(self.paths)
-
-    def path(self, index):
-        return os.fsdecode(self.paths[index])
-
-    def __getitem__(self, index):
-        return decode(self.path(index)), int(self.labels[index])
 
 
 # --- the training set -----------------------------------------------------------------------------

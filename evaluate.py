@@ -193,9 +193,13 @@ def probe_accuracies(probes, images, indices, size, device, args):
 
 def build_labeled(args):
     """Return the training and validation images of a classification task."""
-    train, val = build_dataset(args.data_path, "train"), build_dataset(args.data_path, "val")
-    if not (len(labeled(train)) and len(labeled(val))):
-        raise UserError(f"{args.data_path} lacks labels: it needs a folder a class in train/, val/")
+    train = build_dataset(args.data_path, "train", args.label_depth)
+    if not len(labeled(train)):
+        raise UserError(f"no labels: {train.unlabeled}; it takes a folder for each class in train/ "
+                        "and val/")
+    val = build_dataset(args.data_path, "val", args.label_depth)
+    if not len(labeled(val)):
+        raise UserError(f"{args.data_path} has no labels in val/: it takes a folder for each class")
     return train, val
 
 

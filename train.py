@@ -331,10 +331,11 @@ def train(args, training, run, images):
 
 def build_datasets(args):
     """Return training images, and those for kNN, or None where there are no labels."""
-    images, val = build_dataset(args.data_path, "train"), None
+    labels, val = (args.label_depth, args.classes), None
+    images = build_dataset(args.data_path, "train", *labels)
     if args.knn_every and len(labeled(images)):
         with contextlib.suppress(NoSplit):
-            val = build_dataset(args.data_path, "val")
+            val = build_dataset(args.data_path, "val", *labels)
             val = val if len(labeled(val)) else None
     return images, val
 

@@ -95,7 +95,7 @@ def time_step(args, processes):
     """Measure a step; return what the JSON line says."""
     device, say = processes.device, processes.say
     configure(args, device)
-    images = build_dataset(args.data_path, "train")
+    images = build_dataset(args.data_path, "train", args.label_depth, args.classes)
     training, batch = build(args, processes, images)
     flops, rate = count_flops(training, batch), matmul_rate(device, training.dtype)
     training.distribute()
@@ -145,7 +145,7 @@ def time_sere(args, processes, images, training, batch):
 
 def time_loader(args, processes, rounds=5, most=100):
     """Measure the loader's work on an image beside bare decoding."""
-    images = build_dataset(args.data_path, "train")
+    images = build_dataset(args.data_path, "train", args.label_depth, args.classes)
     if not hasattr(images, "path") or processes.distributed:
         raise UserError("--loader needs image files (--data_path FOLDER), and one process")
     chosen = np.random.default_rng(0).permutation(len(images))[:most].tolist()

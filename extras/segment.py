@@ -19,10 +19,10 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 from augment import normalize
-from data import decode
 from extras.finetune import fit_encoder
 from support.distributed import sum_over_processes, world
 from support.errors import UserError
+from support.files import decode
 from support.fit import Augmented, TrainingBatches, resumable
 from support.inputs import autocast
 from support.named_sets import DOWNLOADS, Shapes

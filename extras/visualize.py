@@ -26,12 +26,13 @@ from torchvision.utils import draw_bounding_boxes, draw_keypoints
 from tqdm import tqdm
 
 from augment import BOX, MultiCrop, Photometric, denormalize, normalize
-from data import NoSplit, ViewsOfImages, build_dataset, decode
+from data import NoSplit, ViewsOfImages, build_dataset
 from relations import channel_relation, spatial_relation
 from sampler import overlap, region_align
 from support.checkpoint import check_output
 from support.distributed import Processes
 from support.errors import UserError
+from support.files import ImageFiles, list_images
 from support.inputs import autocast, evaluation_crop
 from support.options import COUNT, SIZE, Parser, flag
 from support.weights import load_encoder
@@ -366,8 +367,8 @@ def parse_args(argv=None):
              "several, compared", nargs=1 if name == "idea" else "+", required=True, metavar="FILE")
         flag(g, "data_path", None, None, "folder or name as for train.py; the images are of its "
              "val, if it has one")
-        flag(g, "images", None, None, "these images, in place of --data_path's", nargs="+",
-             metavar="FILE")
+        flag(g, "images", None, None, "these images, in place of --data_path's; all of a "
+             "folder's", nargs="+", metavar="FILE")
         flag(g, "output", None, None, "picture to write", required=True, metavar="FILE.png")
         flag(g, "image_size", None, SIZE, "side in pixels; what the first encoder was trained at "
              "if not given", kind=int)
@@ -398,19 +399,6 @@ def parse_args(argv=None):
     return args
 
 
-class Files(Dataset):
-    """Image files, in the form of data.py."""
-
-    def __init__(self, paths):
-        self.paths, self.labels, self.classes = paths, torch.full((len(paths),), -1), 0
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        return decode(self.paths[index]), -1
-
-
 class Chosen(Dataset):
     """images[i] for i in indices."""
 
@@ -428,11 +416,12 @@ class Chosen(Dataset):
 def choose_images(args):
     """Return the images that the arguments name."""
     if args.images:
-        return Files(args.images)
+        paths = list_images(args.images)
+        return ImageFiles("", paths, [-1] * len(paths), classes=0)
     try:
-        images = build_dataset(args.data_path, "val")
+        images = build_dataset(args.data_path, "val", label_depth=1)    # labels play no part
     except NoSplit:
-        images = build_dataset(args.data_path, "train")
+        images = build_dataset(args.data_path, "train", label_depth=1)
     number = 64 if args.figure == "relations" else args.number    # a batch, for its statistics
     order = np.random.default_rng(args.seed).permutation(len(images))
     return Chosen(images, order[:number].tolist())

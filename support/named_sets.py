@@ -1,4 +1,12 @@
-"""Data sets by name: CIFAR and STL-10 by torchvision, and `shapes`, drawn when asked for."""
+"""Data sets by name: those that torchvision reads, iNaturalist 2019, and `shapes`, which is drawn.
+
+They lie in data/ in the working directory. Downloaded there on first use: cifar10, cifar100, stl10,
+flowers102. Put there by hand: stanfordcars, inat2019.
+"""
+
+import importlib.util
+import json
+import os
 
 import numpy as np
 import torch
@@ -7,13 +15,14 @@ from torchvision import datasets
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from support.errors import UserError
+from support.files import ImageFiles
 
-NAMES = ("shapes", "cifar10", "cifar100", "stl10")
+NAMES = ("shapes", "cifar10", "cifar100", "stl10", "flowers102", "stanfordcars", "inat2019")
 DOWNLOADS = "data"    # where torchvision keeps what it downloads, in the working directory
 
 
 class TorchvisionImages(Dataset):
-    """A torchvision data set of PIL images, in the form of this file."""
+    """A torchvision data set of PIL images, in the form of data.py."""
 
     def __init__(self, images, labels):
         self.images, self.labels = images, torch.as_tensor(np.asarray(labels)).long()
@@ -27,24 +36,77 @@ class TorchvisionImages(Dataset):
 
 
 def named_set(name, split):
-    """Return a data set of NAMES; but for shapes, downloaded on first use.
+    """Return a data set of NAMES, split "train" or "val". Raises UserError if it is not to be had.
 
-    STL-10 "train" has its unlabeled images too.
+    "val" is the published test set where that has labels.
     """
     if name == "shapes":
-        return Shapes(split)
-    train = split == "train"
-    try:
-        if name == "stl10":
-            split = "train+unlabeled" if train else "test"
-            images = datasets.STL10(DOWNLOADS, split, download=True)
-            return TorchvisionImages(images, images.labels)
+        images = Shapes(split)
+    elif name == "inat2019":
+        images = inaturalist(split)
+    else:
+        try:
+            images = torchvision_set(name, split == "train")
+        except (OSError, RuntimeError) as error:
+            where = f"{name} is not in {DOWNLOADS}/"
+            raise UserError(f"{where} and could not be downloaded: {error}") from error
+    images.identity = f"{name} {split} {len(images)}"
+    return images
+
+
+def torchvision_set(name, train):
+    """Return a data set of torchvision; STL-10's training images include the unlabeled ones."""
+    if name == "stl10":
+        split = "train+unlabeled" if train else "test"
+        images = datasets.STL10(DOWNLOADS, split, download=True)
+        return TorchvisionImages(images, images.labels)
+    if name in ("cifar10", "cifar100"):
         cifar = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
         images = cifar(DOWNLOADS, train, download=True)
         return TorchvisionImages(images, images.targets)
+    if not importlib.util.find_spec("scipy"):
+        raise UserError(f"{name} needs SciPy to read its labels: pip install scipy")
+    # With this loader an item is (path, label), and nothing is decoded.
+    if name == "flowers102":
+        splits = ("train", "val") if train else ("test",)
+        parts = [datasets.Flowers102(DOWNLOADS, split, download=True, loader=os.fspath)
+                 for split in splits]
+        return files_of([part[i] for part in parts for i in range(len(part))], classes=102)
+    split = "train" if train else "test"
+    try:
+        images = datasets.StanfordCars(DOWNLOADS, split, loader=os.fspath)
     except (OSError, RuntimeError) as error:
-        where = f"{name} is not in {DOWNLOADS}/"
-        raise UserError(f"{where} and could not be downloaded: {error}") from error
+        raise UserError(
+            f"stanfordcars can't be downloaded any more; put its devkit/, cars_{split}/ and "
+            f"cars_test_annos_withlabels.mat into {DOWNLOADS}/stanford_cars/ ({error})") from error
+    return files_of([images[i] for i in range(len(images))], classes=196)
+
+
+def files_of(items, classes):
+    """Return an ImageFiles of pairs (path below DOWNLOADS, label)."""
+    names = [os.path.relpath(path, DOWNLOADS) for path, _ in items]
+    return ImageFiles(DOWNLOADS, names, [int(label) for _, label in items], classes)
+
+
+def inaturalist(split):
+    """Return iNaturalist 2019; labels are from its JSON: folders are two levels deep."""
+    root = os.path.join(DOWNLOADS, "inat2019")
+    path = os.path.join(root, f"{split}2019.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        label_of = {row["image_id"]: row["category_id"] for row in content["annotations"]}
+        names = [row["file_name"] for row in content["images"]]
+        labels = [label_of[row["id"]] for row in content["images"]]
+        classes = len(content["categories"])
+    except OSError as error:
+        raise UserError(f"inat2019 has to be put into {root}/, train_val2019/ beside "
+                        f"train2019.json and val2019.json: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not iNaturalist's JSON: {error!r}") from error
+    if not (labels and 0 <= min(labels) <= max(labels) < classes):
+        raise UserError(f"{path} needs images with categories from 0 to {classes - 1}")
+    return ImageFiles(root, names, labels, classes)
 
 
 # --- shapes ---------------------------------------------------------------------------------------

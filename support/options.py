@@ -172,6 +172,9 @@ def add_run_flags(parser):
          "(the paper's Sec. 4.1), or demo without --data_path", choices=list(RECIPES))
     flag(g, "data_path", None, None, "folder with train/ and val/, any folder of images (labels "
          f"not needed), or a name: {', '.join(NAMES)}")
+    add_label_flags(g)
+    flag(g, "classes", None, None, "use only the class folders in this file, a name a line: "
+         "ImageNet-S-300 in a folder of ImageNet-1K", metavar="FILE")
     flag(g, "output_dir", None, None, "where everything is written, runs/RECIPE if not given; "
          "rerun the same command to resume the run there")
     switch(g, "overwrite", False, "delete any existing run in output_dir")
@@ -376,6 +379,11 @@ def add_data_flags(parser):
     flag(parser, "seed", 0, COUNT, "of what is random")
 
 
+def add_label_flags(parser):
+    flag(parser, "label_depth", None, SIZE, "level of the class folders below train/ and val/: 1 "
+         "for train/class/, 2 for train/group/class/; asked for where it is not clear", kind=int)
+
+
 def add_epochs_flags(parser):
     flag(parser, "epochs", 100, SIZE, "passes over the training images")
     flag(parser, "output_dir", None, None, "where checkpoint.pth is written every epoch, from "
@@ -384,12 +392,14 @@ def add_epochs_flags(parser):
 
 def add_knn_flags(parser):
     add_data_flags(parser)
+    add_label_flags(parser)
     flag(parser, "nb_knn", [10, 20, 100, 200], SIZE, "k", nargs="+")
     flag(parser, "temperature", 0.07, POSITIVE, "votes weigh exp(similarity / temperature)")
 
 
 def add_linear_flags(parser):
     add_data_flags(parser)
+    add_label_flags(parser)
     add_epochs_flags(parser)
     flag(parser, "lr", LEARNING_RATES, NOT_NEGATIVE, "learning rates per 256 images, trained side "
          "by side", nargs="+")
@@ -402,6 +412,7 @@ def add_linear_flags(parser):
 
 def add_finetune_flags(parser):
     add_data_flags(parser)
+    add_label_flags(parser)
     add_fit_flags(parser)
     flag(parser, "lr", 0.0005, POSITIVE, "learning rate per 256 images, of the head (1e-3 at batch "
          "512)")

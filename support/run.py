@@ -240,7 +240,7 @@ class Run:
         terms = [(args.li_weight, f"L_I({args.baseline})"), (args.alpha, "L_p"), (args.beta, "L_c")]
         loss = " + ".join(f"{weight:g} {name}" for weight, name in terms if weight)
         labels = f"{self.images.classes} classes; labels are for kNN only"
-        labels = labels if len(labeled(self.images)) else "no labels"
+        labels = labels if len(labeled(self.images)) else f"no labels: {self.images.unlabeled}"
         compiled = ", compiled" if args.compile else ""
         self.say(f"{args.recipe}: {args.arch}/{args.patch_size}, L = {loss}")
         self.say(f"{len(self.images)} images of {args.data_path} ({labels})")
@@ -318,8 +318,9 @@ class Run:
                      f"{self.args.max_steps} says; rerun with a larger one, or without, to go on")
         elif len(labeled(self.images)):
             heads = f" --heads {self.args.heads}" if self.args.heads else ""
+            depth = f" --label_depth {self.args.label_depth}" if self.args.label_depth else ""
             self.say(f"done. What it is worth: python evaluate.py knn --pretrained_weights "
-                     f"{self.folder}/backbone.pth --data_path {self.args.data_path}{heads}")
+                     f"{self.folder}/backbone.pth --data_path {self.args.data_path}{heads}{depth}")
         else:
             self.say(f"done: {self.folder}/backbone.pth")
 

@@ -1,16 +1,24 @@
 """data.py: folders, files and torchvision's data sets. (Batches of them are in test_sere.py.)"""
 
 import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import image_folder
-from PIL import Image
+from PIL import ExifTags, Image
 
-from data import NoSplit, Readable, ViewsOfImages, build_dataset, decode, labeled
+from data import NoSplit, Readable, ViewsOfImages, build_dataset, labeled
 from support import named_sets
 from support.errors import UserError
+from support.files import EXTENSIONS, decode, list_images
+
+ROOT = Path(__file__).parent.parent
 
 
 def broken_images(folder):
@@ -22,78 +30,219 @@ def broken_images(folder):
     (folder / "!1.jpg").write_bytes(buffer.getvalue()[: buffer.tell() // 2])
 
 
-def image_at(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 6)).save(path)
+LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)    # every gray of 8 bits
 
 
-def test_folders_give_labels_from_train_whatever_else_is_in_them(tmp_path):
-    image_folder(tmp_path, train=3, val=2)
-    image_at(tmp_path / "train/class1/deep/er/x.JPEG")
-    image_at(tmp_path / "train/loose.png")
-    (tmp_path / "train/class2").mkdir()    # of which val/ has an image
-    image_at(tmp_path / "val/class2/x.png")
-    (tmp_path / "train/class0/notes.txt").write_text("not an image")
-    train, val = build_dataset(tmp_path, "train"), build_dataset(str(tmp_path), "val")
-    assert train.classes == val.classes == 3 and len(train) == 8
-    assert sorted(train.labels.tolist()) == [-1, 0, 0, 0, 1, 1, 1, 1]
-    assert train.labels[labeled(train)].tolist() == [0, 0, 0, 1, 1, 1, 1]
-    assert val.labels.tolist() == [0, 0, 1, 1, 2]
-    for images in (train, val):
-        for i in range(len(images)):
-            image, label = images[i]
-            assert torch.equal(image, decode(images.path(i))) and label == images.labels[i]
-            name = images.path(i).split(str(tmp_path))[1].split("/")[2]
-            assert name == (f"class{label}" if label >= 0 else "loose.png")
+def lay_out(root, tree):
+    """Make what a line of words names: image, folder/, file.txt, pipe.jpg|, link->target."""
+    for word in tree.split():
+        path = root / word.rstrip("/|").split("->")[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if "->" in word:
+            path.symlink_to(os.path.relpath(root / word.split("->")[1], path.parent))
+        elif word.endswith("/"):
+            path.mkdir(parents=True)
+        elif word.endswith("|"):
+            os.mkfifo(path)
+        elif path.suffix in EXTENSIONS:
+            Image.fromarray(LEVELS).convert("RGB").save(path)
+        else:
+            path.write_text("a\nb\n")
+    return root
 
 
-def test_a_folder_without_train_is_one_set_without_labels(tmp_path):
-    image_folder(tmp_path / "deep/er", train=3, val=2)
-    images = build_dataset(tmp_path, "train")
-    assert images.classes == 0 and images.labels.tolist() == [-1] * 10 and images[9][1] == -1
+AB = "train/a/x.png train/b/x.png "
+TWO_LEVELS = "train/g/a/x.png train/h/b/y.png train/h/a/z.png "
 
 
-def test_links_are_followed_and_loops_are_not(tmp_path):
-    elsewhere = image_folder(tmp_path / "elsewhere", train=3, val=2)
-    images = tmp_path / "images"
-    (images / "train").mkdir(parents=True)
-    for name in ("class0", "class1"):
-        (images / "train" / name).symlink_to(elsewhere / "train" / name)
-    (elsewhere / "train/class0/loop").symlink_to(images / "train")
-    assert build_dataset(images, "train").labels.tolist() == [0, 0, 0, 1, 1, 1]
+@pytest.mark.parametrize("tree, split, options, expected", [
+    (AB + "train/x.png train/a/deep/er/y.JPEG train/a/x.txt val/b/z.png", "train", {},
+     "x.png:-1 a/x.png:0 a/deep/er/y.JPEG:0 b/x.png:1"),
+    (AB + "train/x.png val/b/z.png val/w.png", "val", {}, "w.png:-1 b/z.png:1"),
+    ("deep/x.png er/y/z.png", "train", {}, "deep/x.png:-1 er/y/z.png:-1"),
+    (AB + "train/a/._x.png train/.cache/x.png train/b/.ipynb_checkpoints/y.png .x.png", "train", {},
+     "a/x.png:0 b/x.png:1"),
+    ("x.png ._x.png .cache/y.png", "train", {}, "x.png:-1"),
+    (AB + "train/a/pipe.jpg|", "train", {}, "a/x.png:0 b/x.png:1"),
+    (AB + "train/a/up->train train/loop->train", "train", {}, "a/x.png:0 b/x.png:1"),
+    (AB + "other/y.png train/c->other train/a/d->other", "train", {},
+     "a/x.png:0 a/d/y.png:0 b/x.png:1 c/y.png:2"),
+    (AB + "train/a/gone.png->nowhere", "train", {}, "a/gone.png:0 a/x.png:0 b/x.png:1"),
+    (AB + "train/c/x.gif", "train", {}, "a/x.png:0 b/x.png:1 c/x.gif:2"),
+    (TWO_LEVELS, "train", {"label_depth": 1}, "g/a/x.png:0 h/a/z.png:1 h/b/y.png:1"),
+    (TWO_LEVELS, "train", {"label_depth": 2}, "g/a/x.png:0 h/a/z.png:0 h/b/y.png:1"),
+    (TWO_LEVELS + "val/g/b/x.png", "val", {"label_depth": 2}, "g/b/x.png:1"),
+    (AB + "train/c/z.png train/d/ ab.txt", "train", {"classes": "ab.txt"}, "a/x.png:0 b/x.png:1"),
+    (AB + "train/c/z.png val/b/z.png val/c/z.png ab.txt", "val", {"classes": "ab.txt"},
+     "b/z.png:1"),
+    (AB + "train-semi/a/y.png validation/b/y.png", "train", {}, "a/x.png:0 b/x.png:1"),
+    (AB + "train-semi/a/y.png validation/b/y.png", "val", {}, "b/y.png:1"),
+    (AB + "validation/b/y.png val/b/z.png", "val", {}, "b/z.png:1"),
+    ("train/all/x.png val/all/y.png", "train", {}, "all/x.png:-1"),    # one class tells nothing
+    ("train/x.png test/y.txt", "train", {}, "x.png:-1"),
+])
+def test_folders_become_images_with_labels(tree, split, options, expected, tmp_path):
+    lay_out(tmp_path / "data", tree)
+    options = {name: tmp_path / "data" / value if name == "classes" else value
+               for name, value in options.items()}
+    images = build_dataset(tmp_path / "data", split, **options)
+    root = Path(images.root)
+    found = {os.path.relpath(images.path(i), root): images.labels[i] for i in range(len(images))}
+    words = [word.split(":") for word in expected.split()]
+    assert found == {name: int(label) for name, label in words}
+    assert list(found) == [name for name, _ in words]
+    assert bool(len(labeled(images))) == (images.unlabeled == "") == (images.classes > 0)
+    image, label = images[len(images) - 1]
+    assert label == images.labels[-1] and torch.equal(image, decode(images.path(len(images) - 1)))
+    moved = tmp_path / "elsewhere"    # the same images in another place
+    shutil.copytree(tmp_path / "data", moved, symlinks=True, ignore=lambda *_: ["pipe.jpg"])
+    assert build_dataset(moved, split, **options).identity == images.identity
+    Image.fromarray(LEVELS).save(next(moved.glob("**/x.png")).with_name("new.png"))
+    assert split == "val" or build_dataset(moved, split, **options).identity != images.identity
+
+
+@pytest.mark.parametrize("tree, split, options, words", [
+    ("other/", "train", {}, "neither"),
+    ("data/x.txt data/y/z.txt", "train", {}, "no images .*data"),
+    ("data/x.png", "val", {}, "train/ and val/"),
+    ("data/train/a/x.png data/train/b/x.png", "val", {}, "train/ and val/"),
+    ("data/train/a/ data/train/b/x.png", "train", {}, "no images .* a of .*data/train"),
+    ("data/train/a/x.heic data/train/b/x.png", "train", {}, "no images .* a of .*[.]heic"),
+    ("data/train/a/._x.png data/train/b/x.png", "train", {}, " a of .*"),
+    ("data/train/a/x.png data/train/b/x.png data/val/a/", "val", {}, " a of .*data/val"),
+    ("data/train/a/x.png data/train/b/x.png data/val/c/y.png", "val", {}, "val/c "),
+    ("data/Train/a/x.png data/Val/a/x.png", "train", {}, "Train/ to train/, Val/ to val/"),
+    ("data/train/a/x.png data/train/b/x.png data/VAL/a/x.png", "val", {}, "VAL/ to val/"),
+    ("data/val/a/x.png data/x.png", "train", {}, "val/ but no train/"),
+    ("data/validation/a/x.png data/train-semi/a/x.png", "train", {}, "validation/ but no train/"),
+    ("data/train/x.png data/bus/x.png data/car/x.png", "train", {}, "beside bus/"),
+    ("data/train/images/x.png data/train/masks/x.png", "train", {}, "segmentation"),
+    ("data/train/g/a/x.png data/train/h/b/y.png", "train", {}, "g/a .--label_depth 2"),
+    ("data/train/g/x.png data/train/h/y.png", "train", {"label_depth": 2}, "no folders"),
+    ("data/train/a/x.png data/train/c/x.png data/ab.txt", "train", {"classes": "ab.txt"},
+     "no class folder b"),
+    ("data/train/a/x.png data/train/b/x.png", "train", {"classes": "ab.txt"}, "ab.txt can't be"),
+    ("data/x.png data/ab.txt", "train", {"classes": "ab.txt"}, "--classes"),
+])
+def test_folders_that_cant_be_meant_are_refused(tree, split, options, words, tmp_path):
+    lay_out(tmp_path, tree)
+    options = {name: tmp_path / "data" / value if name == "classes" else value
+               for name, value in options.items()}
+    error = NoSplit if words == "train/ and val/" else UserError
+    with pytest.raises(error, match=words):
+        build_dataset(tmp_path / "data", split, **options)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_without_permission_is_named(tmp_path):
+    lay_out(tmp_path, AB + "train/locked/")
+    (tmp_path / "train/locked").chmod(0)
+    with pytest.raises(UserError, match="train/locked can't be read"):
+        build_dataset(tmp_path, "train")
+    (tmp_path / "train/locked").chmod(0o700)
+
+
+def test_listed_files_and_folders_leave_out_hidden_ones(tmp_path):
+    lay_out(tmp_path, "a/x.png a/._x.png a/.b/y.png c.png ._c.png")
+    names = list_images([str(tmp_path / name) for name in ("._c.png", "c.png", "a")])
+    assert [Path(name).name for name in names] == ["c.png", "x.png"]
+
+
+# --- pixels ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, convert", [
+    ("8.png", lambda levels: levels),
+    ("16.png", lambda levels: levels.astype(np.uint16) * 257),
+    ("16.tif", lambda levels: levels.astype(np.uint16) * 257),
+    ("16.pgm", lambda levels: levels.astype(np.uint16) * 257),
+    ("float.tif", lambda levels: levels.astype(np.float32) / 255),
+    ("x.gif", lambda levels: levels), ("x.bmp", lambda levels: levels),
+    ("rgb.png", lambda levels: np.stack([levels] * 3, axis=-1)),
+    ("x.webp", lambda levels: np.stack([levels] * 3, axis=-1)),
+    ("x.jp2", lambda levels: levels),
+    ("alpha.png", lambda levels: np.stack([levels, 0 * levels + 255], axis=-1)),
+    # black ink, of which the paper shows through the more, the brighter a pixel is
+    ("ink.png", lambda levels: np.stack([0 * levels] * 3 + [255 - levels], axis=-1)),
+])
+def test_files_of_every_depth_give_the_same_pixels(name, convert, tmp_path):
+    path, expected = tmp_path / name, torch.from_numpy(LEVELS).expand(3, 16, 16)
+    Image.fromarray(convert(LEVELS)).save(path, lossless=True)
+    image = decode(path)
+    assert image.dtype == torch.uint8 and image.shape == expected.shape
+    assert (image.int() - expected.int()).abs().max() <= 1    # 8 bits, rounded
+
+
+@pytest.mark.parametrize("orientation, turns", [(3, 2), (6, 1), (8, -1)])
+@pytest.mark.parametrize("ending, scale", [("png", 1), ("tif", 1), ("webp", 1), ("png", 257)])
+def test_images_are_turned_upright(orientation, turns, ending, scale, tmp_path):
+    """turns: quarter turns, counterclockwise, that the camera was held by."""
+    upright, exif = LEVELS[:12], Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored = np.rot90(upright, turns).astype(np.uint8 if scale == 1 else np.uint16) * scale
+    Image.fromarray(stored).save(tmp_path / f"x.{ending}", exif=exif, lossless=True)
+    assert torch.equal(decode(tmp_path / f"x.{ending}")[0], torch.from_numpy(upright))
+
+
+def test_damaged_exif_data_leave_an_image_as_it_is(tmp_path):
+    Image.fromarray(LEVELS).save(tmp_path / "x.png", exif=b"Exif\0\0nonsense")
+    assert (decode(tmp_path / "x.png") == torch.from_numpy(LEVELS)).all()
 
 
 @pytest.mark.parametrize("mode, ending", [
-    ("RGB", "bmp"), ("L", "png"), ("RGBA", "png"), ("P", "png"), ("1", "png"), ("LA", "png"),
-    ("CMYK", "tif"), ("RGB", "webp"),
+    ("1", "png"), ("P", "png"), ("CMYK", "tif"), ("YCbCr", "jpg"),
 ])
-def test_images_of_every_mode_become_rgb(mode, ending, tmp_path):
-    picture = Image.new("RGB", (6, 4), "white")
-    picture.paste("black", (0, 0, 3, 4))    # the left half
-    picture.convert(mode).save(tmp_path / f"x.{ending}", lossless=True)
+def test_images_of_other_modes_become_rgb(mode, ending, tmp_path):
+    picture = Image.new("RGB", (32, 16), "white")
+    picture.paste("black", (0, 0, 16, 16))    # the left half
+    picture.convert(mode).save(tmp_path / f"x.{ending}")
     image = decode(tmp_path / f"x.{ending}")
-    assert image.dtype == torch.uint8 and image.shape == (3, 4, 6)
-    assert (image[..., :3] < 5).all() and (image[..., 3:] > 250).all()    # CMYK rounds
+    assert image.dtype == torch.uint8 and image.shape == (3, 16, 32)
+    assert (image[..., :16] < 5).all() and (image[..., 16:] > 250).all()    # CMYK rounds
 
 
-@pytest.mark.parametrize("path, split, error, words", [
-    ("nowhere", "train", UserError, "nowhere is neither"),
-    ("text", "train", UserError, "text is neither"),
-    ("empty", "train", UserError, "no images .*empty"),
-    ("empty", "val", NoSplit, "train/ and val/"),
-    ("no_val", "val", NoSplit, "train/ and val/"),
-    ("hollow", "train", UserError, "no images .*hollow/train"),
-    ("stranger", "val", UserError, "class9"),
+@pytest.mark.parametrize("array, word", [
+    (LEVELS.astype(np.int32) * 1000, "32 bits, from 0 to 255000"),
+    (LEVELS.astype(np.float32), "floats from 0 to 255"),
+    (LEVELS / np.float32(255) - np.float32(0.5), "floats from -0.5"),
+    (np.full((4, 4), np.nan, np.float32), "floats from nan"),
 ])
-def test_unusable_folders_are_refused(path, split, error, words, tmp_path):
-    (tmp_path / "text").write_text("")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "hollow/train/class0").mkdir(parents=True)
-    image_at(tmp_path / "no_val/train/class0/x.png")
-    image_at(tmp_path / "stranger/train/class0/x.png")
-    image_at(tmp_path / "stranger/val/class9/x.png")
-    with pytest.raises(error, match=words):
-        build_dataset(tmp_path / path, split)
+def test_pixels_without_a_known_range_are_refused(array, word, tmp_path):
+    Image.fromarray(array).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match=f"x.tif has .*{word}"):
+        decode(tmp_path / "x.tif")
+
+
+def test_pipes_and_folders_are_no_images(tmp_path):
+    lay_out(tmp_path, "pipe.jpg| folder.jpg/")
+    for name in ("pipe.jpg", "folder.jpg", "nothing.jpg"):
+        with pytest.raises(UserError, match=name):
+            decode(tmp_path / name)
+
+
+def test_large_images_are_refused_until_allowed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    lay_out(tmp_path, "x.png")
+    with pytest.raises(UserError, match="x.png .*256 pixels.* MAX_IMAGE_PIXELS"):
+        decode(tmp_path / "x.png")
+    monkeypatch.setenv("MAX_IMAGE_PIXELS", "256")
+    assert decode(tmp_path / "x.png").shape == (3, 16, 16)
+    monkeypatch.setenv("MAX_IMAGE_PIXELS", "many")
+    with pytest.raises(UserError, match="many"):
+        decode(tmp_path / "x.png")
+
+
+def test_pillow_does_not_warn_without_the_files_name(tmp_path):
+    """Its own warning: an image of more pixels than the limit, but fewer than twice as many."""
+    lay_out(tmp_path, "x.png")
+    program = "import sys; from support.files import decode; decode(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "x.png")],
+                          env=os.environ | {"MAX_IMAGE_PIXELS": "200"}, cwd=ROOT,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- images that can't be read --------------------------------------------------------------------
 
 
 def test_unreadable_images_are_named_and_the_next_stands_in(tmp_path):
