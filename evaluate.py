@@ -5,6 +5,7 @@
     python evaluate.py finetune --pretrained_weights FILE --data_path /path/to/imagenet
     python evaluate.py segment --pretrained_weights FILE --data_path shapes --frozen
     python evaluate.py export --pretrained_weights runs/dino/checkpoint.pth --output vit_small.pth
+    python evaluate.py features --pretrained_weights FILE --data_path FOLDER --output features.pt
 
 With torchrun before it each uses all GPUs. kNN and the linear probe, DINO's protocols, are in this
 file, fine-tuning and segmentation in extras/. Weights may be a backbone.pth or checkpoint.pth of
@@ -33,7 +34,7 @@ from support.errors import UserError
 from support.fit import Augmented, TrainingBatches, fit, resumable
 from support.inputs import autocast, share_loader, to_input
 from support.options import parse_evaluate_args
-from support.weights import load_encoder
+from support.weights import requested_encoder
 
 # --- k-nearest neighbors --------------------------------------------------------------------------
 
@@ -269,10 +270,7 @@ TASKS = {"knn": knn, "linear": linear}    # extras/ has the others
 def evaluate(args, processes):
     """Run the task that the arguments name; return its result, and write it to --json."""
     check_output("json", args.json)
-    encoder = load_encoder(
-        args.pretrained_weights, args.arch, args.checkpoint_key, args.heads,
-        drop_path_rate=getattr(args, "drop_path_rate", 0.0),
-    ).to(processes.device)
+    encoder = requested_encoder(args).to(processes.device)
     size = args.image_size or encoder.image_size
     if size % encoder.patch_size:
         patch = f"the patch size {encoder.patch_size}"

@@ -357,9 +357,15 @@ def find_fault(args):
 LEARNING_RATES = [m * 10.0**e for e in (-4, -3, -2, -1) for m in (1, 2, 5)] + [1.0]    # per 256
 
 
-def add_weights_flags(parser):
-    flag(parser, "pretrained_weights", None, None, "backbone.pth or checkpoint.pth of train.py, or "
-         "a released file of DINO, iBOT, SERE, MoCo v3, MAE, timm or torchvision", required=True)
+def add_weights_flags(parser, task):
+    group = parser.add_mutually_exclusive_group(required=True)
+    flag(group, "pretrained_weights", None, None, "backbone.pth or checkpoint.pth of train.py, or "
+         "a released file of DINO, DINOv2, iBOT, SERE, MoCo v3, MAE, timm or torchvision")
+    if task == "export":
+        flag(group, "untrained", None, COUNT, "in place of a file, the encoder --arch as train.py "
+             "starts from it with this seed, 0 if none is given (Table 8's first row)", kind=int,
+             nargs="?", const=0, metavar="SEED")
+        flag(parser, "patch_size", None, SIZE, "of an untrained encoder; 16 if not given", kind=int)
     flag(parser, "arch", None, None, "what the weights must be; read off them if not given",
          choices=list(ARCHITECTURES))
     flag(parser, "checkpoint_key", None, None, "network of a training checkpoint; if not given the "
@@ -456,7 +462,16 @@ def add_fit_flags(parser):
 
 
 def add_export_flags(parser):
-    flag(parser, "output", None, None, "file to write", required=True, metavar="FILE")
+    flag(parser, "output", None, None, "file to write; as safetensors where its name ends in "
+         ".safetensors", required=True, metavar="FILE")
+
+
+def add_features_flags(parser):
+    add_data_flags(parser)
+    flag(parser, "split", "train", None, "which images, where --data_path has train/ and val/ or "
+         "is a name", choices=["train", "val"])
+    flag(parser, "output", None, None, "file to write, for torch.load", required=True,
+         metavar="FILE.pt")
 
 
 EVALUATIONS = {
@@ -466,6 +481,8 @@ EVALUATIONS = {
     "segment": (add_segment_flags, "segmentation by a 1 x 1 convolution on the patches; "
                 "--data_path: shapes, voc, or a folder with train/ and val/, images/ and masks/ in "
                 "each"),
+    "features": (add_features_flags, "the class tokens of images, in a file; --data_path: any "
+                 "folder of images, labels not needed, or a name"),
     "export": (add_export_flags, "the encoder alone, as a plain state dict"),
 }
 
@@ -478,9 +495,14 @@ def parse_evaluate_args(argv=None):
     for name, (add_flags, help) in EVALUATIONS.items():
         task = tasks.add_parser(name, prog="evaluate.py", usage=usage.replace("TASK", name),
                                 help=help, description=help)
-        add_weights_flags(task)
+        add_weights_flags(task, name)
         add_flags(task)
     args = parser.parse_args(argv)
+    untrained = getattr(args, "untrained", None) is not None
+    if untrained and not args.arch:
+        parser.error("--untrained needs --arch")
+    if not untrained and getattr(args, "patch_size", None):
+        parser.error("--patch_size is that of the weights; it goes with --untrained alone")
     warmup, epochs = getattr(args, "warmup_epochs", 0), getattr(args, "epochs", 1)
     if warmup >= epochs:
         parser.error(f"--warmup_epochs {warmup} must be less than --epochs {epochs}")

@@ -1,6 +1,8 @@
-"""support/weights.py: which files give which encoder, and evaluate.py export."""
+"""support/weights.py: which files give which encoder, and which say why not."""
 
 import argparse
+import importlib.util
+import math
 import os
 import zipfile
 
@@ -9,7 +11,6 @@ import pytest
 import torch
 from helpers import SMALL, close
 from torch import nn
-from torchvision.models import resnet50
 
 import evaluate
 import train
@@ -34,12 +35,24 @@ def released(kind, vit):
     tuned = {f"fc_{name}" if name.startswith("norm.") else name: vit[name] for name in vit}
     decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_blocks.0.norm1.weight": torch.zeros(8)}
     sere = {"channel_sere.0.weight": torch.zeros(3), "pixel_sere.0.weight": torch.zeros(3)}
+    other = {name: value + 1 for name, value in vit.items()}    # an average is not what it follows
+    prefixed = {prefix: {prefix + name: value for name, value in vit.items()} for prefix in (
+        "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "teacher.vit.")}
     return {
         "ours": vit, "dino": dino, "dino, NumPy 1": dino,
         "ibot": {"student": {}, "teacher": full | {"module.backbone.masked_embed": hidden}},
         "ibot, extracted": {"state_dict": vit | {"masked_embed": hidden}},
         "sere": {"state_dict": vit | sere}, "timm": vit | head,
         "mae": {"model": vit | decoder}, "mae, fine-tuned": {"model": tuned | head},
+        "ema": {"ema": vit}, "timm, ema": {"state_dict": other | head, "state_dict_ema": vit},
+        "deit, ema": {"model": other, "model_ema": vit, "epoch": 1},
+        "compiled": prefixed["_orig_mod."],
+        "compiled, ddp": {"model": prefixed["module._orig_mod."]},
+        "ddp, compiled": {"state_dict": prefixed["_orig_mod.module."]},
+        "compiled block": {name.replace("blocks.1.", "blocks.1._orig_mod."): vit[name]
+                           for name in vit},
+        "lightning": {"state_dict": prefixed["teacher.vit."]
+                      | {f"student.vit.{name}": other[name] for name in vit}},
     }[kind]
 
 
@@ -52,8 +65,11 @@ def as_by_old_numpy(path):
             file.writestr(name, content.replace(b"numpy._core", b"numpy.core"))
 
 
-@pytest.mark.parametrize("kind", ["ours", "dino", "dino, NumPy 1", "ibot", "ibot, extracted",
-                                  "sere", "timm", "mae", "mae, fine-tuned"])
+@pytest.mark.parametrize("kind", [
+    "ours", "dino", "dino, NumPy 1", "ibot", "ibot, extracted", "sere", "timm", "mae",
+    "mae, fine-tuned", "ema", "timm, ema", "deit, ema", "compiled", "compiled, ddp",
+    "ddp, compiled", "compiled block", "lightning",
+])
 def test_files_of_every_origin_give_the_features_of_their_encoder(kind, tmp_path):
     vit, images = build_encoder("vit_nano", 32, 8).eval(), torch.randn(2, 3, 32, 32)
     for parameter in vit.parameters():    # norms too: at first all of them are alike
@@ -74,7 +90,55 @@ def test_a_checkpoint_gives_the_teacher_unless_asked_for_the_student(tmp_path, c
     for key, network in ((None, teacher), ("teacher", teacher), ("student", student)):
         loaded = load_encoder(tmp_path / "x.pth", checkpoint_key=key)
         assert torch.equal(loaded.cls_token, network.backbone.cls_token)
-    assert "head (8)" in capsys.readouterr().out    # what is left out is said
+        line = capsys.readouterr().out    # which one it is, and what is left out, is said
+        assert f"x.pth: {key or 'teacher'}" in line and "head (8)" in line
+
+
+def test_a_file_with_one_encoder_has_no_teacher_and_student_to_choose_from(tmp_path):
+    vit = build_encoder("vit_nano", 32, 8).state_dict()
+    for content, given in ((vit, "student"), ({"model": vit}, "teacher"),
+                           ({"teacher": vit}, "student"), ({"model_ema": vit}, "student")):
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(UserError, match=f"leave out --checkpoint_key {given}"):
+            load_encoder(tmp_path / "x.pth", checkpoint_key=given)
+    load_encoder(tmp_path / "x.pth", checkpoint_key="teacher")    # for the average it is, by name
+
+
+class LayerScale(nn.Module):
+    def __init__(self, layer, dim):
+        super().__init__()
+        self.layer, self.gamma = layer, nn.Parameter(torch.empty(dim))
+
+    def forward(self, x):
+        return self.gamma * self.layer(x)
+
+
+def test_layer_scale_is_folded_into_the_layer_before_it(tmp_path):
+    """DINOv2's ViT, of patch size 14, loads as a plain one and gives the same tokens."""
+    theirs = build_encoder("vit_nano", 518, 14).eval()
+    for block in theirs.blocks:
+        block.attn, block.mlp = LayerScale(block.attn, 96), LayerScale(block.mlp, 96)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    names = {"attn.layer.": "attn.", "attn.gamma": "ls1.gamma", "mlp.layer.": "mlp.",
+             "mlp.gamma": "ls2.gamma"}
+    state = {"mask_token": torch.zeros(1, 96)}
+    for name, value in theirs.state_dict().items():
+        part = next((part for part in names if part in name), "")
+        state[name.replace(part, names.get(part, ""))] = value
+    torch.save(state, tmp_path / "x.pth")
+    ours, images = load_encoder(tmp_path / "x.pth"), torch.randn(2, 3, 56, 70)
+    assert (ours.patch_size, ours.image_size) == (14, 518) and len(ours.state_dict()) == 54
+    scale = theirs(images).abs().max().item()
+    close(ours(images), theirs(images), atol=1e-5 * scale)    # γ(Wx) and (γW)x round differently
+
+
+def test_heads_are_those_that_our_own_checkpoint_says(tmp_path):
+    vit = build_encoder("vit_nano", 32, 8, heads=4)
+    for heads, found in ((4, 4), (0, 3)):    # 0: the architecture's
+        state = {"teacher": vit.state_dict(), "arguments": {"heads": heads}}
+        torch.save(state, tmp_path / "x.pth")
+        assert load_encoder(tmp_path / "x.pth").heads == found
 
 
 @pytest.fixture
@@ -130,49 +194,90 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "was_run").exists()
 
 
-@pytest.mark.parametrize("change, options, word", [
-    ({}, {"arch": "vit_tiny"}, r"a vit_nano: cls_token is \(1, 1, 96\), not \(1, 1, 192\)"),
-    ({"blocks.1.norm1.bias": None}, {}, "blocks.1.norm1.bias is missing"),
-    ({"blocks.0.ls1.gamma": torch.ones(96)}, {}, "blocks.0.ls1.gamma is unknown"),
-    ({"reg_token": torch.zeros(1, 4, 96)}, {}, "reg_token"),
-    ({"blocks.9.norm1.bias": torch.zeros(96)}, {}, "depth"), ({}, {"heads": 5}, "5 heads"),
-    ({"norm.weight": None, 1: torch.zeros(1), "args": "text"}, {}, "no ViT or ResNet"),
-    ([torch.zeros(1)], {}, "no state dict"), ("text", {}, "damaged"), ("", {}, "damaged"),
-    (None, {}, "No such file"),
+def crafted(changes):
+    """Return the state dict of a vit_nano with other values at some keys; None: without it."""
+    changed = build_encoder("vit_nano", 32, 8).state_dict() | changes
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+NAN, INF, EMPTY = torch.full((96,), math.nan), torch.full((96,), -math.inf), torch.zeros(0)
+
+
+@pytest.mark.parametrize("content, word", [
+    # an encoder, but not one of ours
+    (crafted({"blocks.1.norm1.bias": None}), "blocks.1.norm1.bias is missing"),
+    (crafted({"blocks.0.attn.q_norm.weight": EMPTY}), "q_norm.weight is unknown"),
+    (crafted({"reg_token": torch.zeros(1, 4, 96)}), "reg_token"),
+    (crafted({"blocks.9.norm1.bias": torch.zeros(96)}), "depth"),
+    (crafted({"blocks.0.ls1.gamma": torch.ones(95)}), r"ls1.gamma \(95,\)"),
+    # not finite
+    (crafted({"norm.weight": NAN, "blocks.0.norm2.bias": INF}), "2 of 54.*norm2.bias"),
+    ({"teacher": crafted({"cls_token": NAN.view(1, 1, 96)})}, "NaN"),
+    # parts that lack
+    (crafted({"norm.weight": None, 1: torch.zeros(1), "args": "text"}), "norm.weight is missing"),
+    ({"model": crafted({"pos_embed": None})}, "pos_embed is missing"),
+    (crafted({"cls_token": None}), "53 tensors: pos_embed"),
+    # wrong shapes
+    (crafted({"norm.weight": torch.zeros(95)}), r"norm.weight is \(95,\), not \(96,\)"),
+    (crafted({"cls_token": torch.zeros(())}), r"cls_token \(\)"),
+    ({"module.base_encoder.cls_token": torch.zeros(())}, "pos_embed, patch"),
+    (crafted({"pos_embed": torch.zeros(17, 96)}), r"pos_embed \(17, 96\)"),
+    (crafted({"pos_embed": torch.zeros(1, 16, 96)}), "position for the class token"),
+    (crafted({"patch_embed.proj.weight": torch.zeros(96, 192)}), r"\(96, 192\)"),
+    (crafted({"patch_embed.proj.weight": torch.zeros(96, 3, 0, 0)}), r"\(96, 3, 0, 0\)"),
+    (crafted({"patch_embed.proj.weight": torch.zeros(96, 1, 8, 8)}), r"\(96, 1, 8, 8\), not"),
+    # other things
+    ({"model": crafted({}), "best": crafted({})}, "several encoders, model, best"),
+    ({"model": {"embeddings.position": EMPTY}}, "1 tensors: model.embeddings.position"),
+    ({"epoch": 3, "args": {}}, "no tensors: epoch, args"), ({}, "it is empty"),
+    ([EMPTY], "no state dict but a list"), (EMPTY, "no state dict but a Tensor"),
+    (b"text", "damaged"), (b"", "damaged"), (b"PK\3\4 and no more", "damaged"),
+    (None, "No such file"),
 ])
-def test_what_is_no_encoder_of_ours_says_why(change, options, word, tmp_path):
+def test_a_file_without_an_encoder_of_ours_says_what_it_holds(content, word, tmp_path):
     path = tmp_path / "x.pth"
-    if isinstance(change, str):
-        path.write_text(change)
-    elif change is not None:
-        if isinstance(change, dict):
-            changed = build_encoder("vit_nano", 32, 8).state_dict() | change
-            change = {name: value for name, value in changed.items() if value is not None}
-        torch.save(change, path)
-    with pytest.raises(UserError, match=f"x.pth.*{word}|{word}.*x.pth"):
-        load_encoder(path, **options)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=f"^{path}.*{word}") as raised:
+        load_encoder(path)
+    assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("size", [32, 48])
-def test_export_is_a_plain_state_dict_that_loads_strictly(size, tmp_path):
-    vit = build_encoder("vit_nano", 32, 8).eval()
-    teacher = {f"module.backbone.{name}": value for name, value in vit.state_dict().items()}
-    torch.save({"teacher": teacher}, tmp_path / "x.pth")
-    evaluate.main(["export", "--pretrained_weights", str(tmp_path / "x.pth"),
-                   "--output", str(tmp_path / "y.pth"), "--image_size", str(size)])
-    plain = torch.load(tmp_path / "y.pth", weights_only=True)
-    assert all(type(value) is torch.Tensor for value in plain.values())
-    other, images = build_encoder("vit_nano", size, 8).eval(), torch.randn(1, 3, size, size)
-    other.load_state_dict(plain)
-    close(other(images), vit(images))
+def test_another_architecture_is_refused_by_name(tmp_path):
+    torch.save(crafted({}), tmp_path / "x.pth")
+    different = r"a vit_nano: cls_token is \(1, 1, 96\), not \(1, 1, 192\)"
+    with pytest.raises(UserError, match=different):
+        load_encoder(tmp_path / "x.pth", arch="vit_tiny")
 
 
-def test_a_resnet50_comes_from_torchvision_and_goes_back(tmp_path):
-    theirs = resnet50()
-    torch.save(theirs.state_dict(), tmp_path / "x.pth")
-    evaluate.main(["export", "--pretrained_weights", str(tmp_path / "x.pth"),
-                   "--output", str(tmp_path / "y.pth")])
-    loaded = load_encoder(tmp_path / "y.pth").state_dict()
-    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in loaded.items())
-    exported = torch.load(tmp_path / "y.pth", weights_only=True)
-    assert theirs.load_state_dict(exported, strict=False) == (["fc.weight", "fc.bias"], [])
+@pytest.mark.filterwarnings("ignore:.*(torch.jit|TorchScript)")
+def test_a_fine_file_is_not_called_damaged(tmp_path):
+    """No permission, a whole module, a program: each has a reason of its own."""
+    path = tmp_path / "x.pth"
+    cases = [(lambda: torch.save(nn.Linear(2, 2), path), "torch.nn.modules.linear.Linear"),
+             (lambda: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path), "TorchScript"),
+             (lambda: path.chmod(0), "Permission denied")]
+    for change, word in cases[: 2 if os.geteuid() == 0 else 3]:    # root may read everything
+        change()
+        with pytest.raises(UserError, match=word) as raised:
+            load_encoder(path)
+        assert "damaged" not in str(raised.value)
+
+
+def test_safetensors_are_read(tmp_path):
+    library = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    for name in ("x.safetensors", "x.bin"):    # known by their content, too
+        library.save_file(crafted({}), tmp_path / name)
+        state = load_encoder(tmp_path / name).state_dict()
+        assert all(torch.equal(value, crafted({})[key]) for key, value in state.items())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("safetensors") is not None,
+                    reason="safetensors is installed")
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
+def test_safetensors_ask_for_their_library(name, tmp_path):
+    (tmp_path / name).write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(UserError, match="pip install safetensors"):
+        load_encoder(tmp_path / name)
