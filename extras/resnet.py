@@ -44,7 +44,7 @@ class ResNet50(ResNet):
         self.masked_embed = None    # it has no patches to hide
 
     def stages(self, images):
-        """Return the maps of the four stages: (B, C / 8, H / 4, W / 4) to (B, C, H / 32, W / 32)."""
+        """Return the maps of four stages: (B, C / 8, H / 4, W / 4) to (B, C, H / 32, W / 32)."""
         images = images.contiguous(memory_format=torch.channels_last)    # 1.2 times as fast
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = []
