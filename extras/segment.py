@@ -1,149 +1,67 @@
-"""Semantic segmentation by a 1 x 1 convolution: `evaluate.py segment`.
+"""Semantic segmentation by a 1 x 1 convolution or by UperNet: `evaluate.py segment`.
 
-Frozen it is a dense probe; fine-tuned it is the paper's ImageNet-S protocol.
+The convolution, fine-tuned, is the paper's ImageNet-S protocol (Tables 1, 7 to 16) on any data set;
+frozen, it is a dense probe. UperNet (Tables 2, 7 to 16) is in extras/upernet.py, data sets and
+their masks are in extras/masks.py.
 
 B batch, C channels of the encoder, K classes, (H, W) pixels, (h, w) patches
 """
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset
-from torchvision import datasets, tv_tensors
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 from augment import normalize
-from extras.finetune import fit_encoder
+from extras.masks import IGNORED, build_segmentation, count_classes, draw_masks
+from extras.upernet import ScaleAndCrop, UperNet, linear_schedule, upsample
+from model import ARCHITECTURES
 from support.distributed import sum_over_processes, world
 from support.errors import UserError
-from support.files import decode
-from support.fit import Augmented, TrainingBatches, resumable
+from support.fit import Augmented, TrainingBatches, fit_adamw, resumable
 from support.inputs import autocast
-from support.named_sets import DOWNLOADS, Shapes
+from support.optim import cosine_schedule, layer_groups
+from support.workers import ignore_signals
 
-# --- images with masks ----------------------------------------------------------------------------
-
-IGNORED = 255    # in a mask: counts neither in training nor in a measure
-
-
-def build_segmentation(path, split, ignore_index=IGNORED):
-    """Return images and masks of class indices at `path`.
-
-    path: "shapes" (paper, or not), "voc" (Pascal VOC 2012), or a folder with <split>/images/ and
-    <split>/masks/, whose files have the same names but for the ending. ignore_index: what the masks
-    call a pixel that does not count; here it becomes IGNORED. The data set has `classes`, their
-    number, or None where it is not known without reading every mask. Raises UserError.
-    """
-    path = str(path)
-    if path == "shapes":
-        return ShapesWithMasks(split)
-    if path == "voc":
-        try:
-            downloaded = (Path(DOWNLOADS) / "VOCdevkit").is_dir()
-            voc = datasets.VOCSegmentation(DOWNLOADS, image_set=split, download=not downloaded)
-        except (OSError, RuntimeError) as error:
-            where = f"voc is not in {DOWNLOADS}/ and could not be downloaded"
-            raise UserError(f"{where}: {error}") from error
-        return ImagesWithMasks(voc.images, voc.masks, ignore_index=IGNORED, classes=21)
-    folders = [Path(path) / split / part for part in ("images", "masks")]
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"{path} is neither shapes nor voc, nor has it a folder "
-                            f"{split}/{folder.name}")
-    images, masks = ({file.stem: file for file in sorted(folder.iterdir())
-                      if file.name.lower().endswith(IMG_EXTENSIONS)} for folder in folders)
-    if not images:
-        raise UserError(f"no images in {folders[0]}")
-    if missing := [str(file) for stem, file in images.items() if stem not in masks]:
-        others = f", nor have {len(missing) - 1} others" if len(missing) > 1 else ""
-        raise UserError(f"{missing[0]} has no mask in {folders[1]}{others}")
-    masks = [masks[stem] for stem in images]
-    return ImagesWithMasks(list(images.values()), masks, ignore_index, classes=None)
+# --- network and loss -----------------------------------------------------------------------------
 
 
-class ImagesWithMasks(Dataset):
-    """Files of images and of their masks, one channel or a palette of class indices.
+class LinearHead(nn.Module):
+    """A new norm and a 1 x 1 convolution: (B, C, h, w) -> [logits (B, K, 2h, 2w)]."""
 
-    Raises UserError, naming the file, for others.
-    """
+    def __init__(self, encoder, classes):
+        super().__init__()
+        encoder.norm.requires_grad_(False)    # the new one is in its place
+        self.norm = nn.LayerNorm(encoder.dim, eps=1e-6) if encoder.heads else nn.Identity()
+        self.linear = nn.Linear(encoder.dim, classes)
+        nn.init.trunc_normal_(self.linear.weight, std=2e-5)
+        nn.init.zeros_(self.linear.bias)
 
-    def __init__(self, images, masks, ignore_index, classes):
-        self.images, self.masks, self.ignore_index = images, masks, ignore_index
-        self.classes = classes
+    def features(self, encoder, images):
+        h, w = (side // encoder.patch_size for side in images.shape[-2:])
+        return encoder(images)[:, 1:].mT.unflatten(-1, (h, w))
 
-    def __len__(self):
-        return len(self.images)
-
-    def mask(self, index):
-        """Read a mask as uint8 (H, W)."""
-        path = self.masks[index]
-        try:
-            with Image.open(path) as file:
-                mask, mode = torch.from_numpy(np.array(file)), file.mode
-        except Exception as error:    # as in data.decode
-            raise UserError(f"{path} can't be read as a mask: {error}") from error
-        if mask.ndim != 2 or mask.dtype != torch.uint8:
-            raise UserError(f"{path} is no mask of class indices: it is {mode}, not one channel of "
-                            "8 bits (L) or a palette (P)")
-        mask[mask == self.ignore_index] = IGNORED
-        largest = largest_class(mask)
-        if self.classes and largest >= self.classes:
-            raise UserError(f"{path} has class {largest}, but there are {self.classes} classes, "
-                            "from 0; is it the --ignore_index?")
-        return mask
-
-    def __getitem__(self, index):
-        image, mask = decode(self.images[index]), self.mask(index)
-        if image.shape[1:] != mask.shape:
-            raise UserError(f"{self.images[index]} and its mask {self.masks[index]} differ in size")
-        return image, mask
-
-
-class ShapesWithMasks(Shapes):
-    """Shapes with masks in place of labels: 1 where the paper is."""
-
-    def __init__(self, split):
-        super().__init__(split)
-        self.classes = 2
-
-    def mask(self, index):
-        return self.draw(index)[1].to(torch.uint8)
-
-    def __getitem__(self, index):
-        image, mask = self.draw(index)
-        return image, mask.to(torch.uint8)
-
-
-def largest_class(mask):
-    return int(torch.where(mask == IGNORED, 0, mask).max())
-
-
-def count_classes(images):
-    """Return 1 + the largest class in the masks of a data set of build_segmentation."""
-    return images.classes or 1 + max(largest_class(images.mask(i)) for i in range(len(images)))
-
-
-# --- network, loss, prediction --------------------------------------------------------------------
+    def forward(self, features, size):
+        logits = self.linear(self.norm(features.movedim(1, -1))).movedim(-1, 1).float()
+        return [upsample(logits, [2 * side for side in features.shape[-2:]])]
 
 
 class Segmenter(nn.Module):
-    """Images (B, 3, H, W), normalized -> logits (B, K, h, w).
+    """Images (B, 3, H, W), normalized -> logits, of which the first count and others are auxiliary.
 
-    frozen: train the head only.
+    frozen: train the head alone.
     """
 
-    def __init__(self, encoder, classes, frozen):
+    def __init__(self, encoder, head, classes, frozen):
         super().__init__()
-        self.encoder, self.frozen = encoder.requires_grad_(not frozen), frozen
-        self.head = nn.Linear(encoder.dim, classes)    # of each patch: a 1 x 1 convolution
-        nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
+        self.encoder = encoder.requires_grad_(not frozen)
+        self.frozen, self.classes = frozen, classes
+        self.head = {"linear": LinearHead, "upernet": UperNet}[head](encoder, classes)
 
     def train(self, mode=True):
         super().train(mode)
@@ -152,65 +70,94 @@ class Segmenter(nn.Module):
         return self
 
     def forward(self, images):
-        h, w = (side // self.encoder.patch_size for side in images.shape[-2:])
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            patches = self.encoder.norm(self.encoder(images))[:, 1:]    # (B, h * w, C)
-        return self.head(patches).mT.unflatten(-1, (h, w))
+            features = self.head.features(self.encoder, images)
+        return self.head(features, images.shape[-2:])
+
+
+def segmentation_loss(model, images, masks, weights=(1.0, 0.4)):
+    """Compute cross-entropy per pixel: images (B, 3, H, W) in [0, 1], masks (B, H, W).
+
+    Masks are brought to the size of the logits. weights: of the logits that count and of auxiliary
+    ones.
+    """
+    total = 0
+    for weight, logits in zip(weights, model(normalize(images))):
+        targets = F.interpolate(masks[:, None].float(), logits.shape[-2:], mode="nearest-exact")
+        targets = targets[:, 0].long()
+        losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+        total = total + weight * losses / (targets != IGNORED).sum().clamp(min=1)
+    return total
 
 
 class CropBoth:
-    """Cut, resize and flip an image and its mask alike, to size x size."""
+    """Cut, resize and flip an image and its mask alike, to size x size.
 
-    def __init__(self, size, scale):
+    colors: change the image's colors too, as the authors do in fine-tuning.
+    """
+
+    def __init__(self, size, scale, colors):
         crop = v2.RandomResizedCrop(
-            size, scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
+            size, scale, interpolation=InterpolationMode.BILINEAR, antialias=True)
         self.transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
+        self.colors = v2.Compose([
+            v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.5),
+        ]) if colors else nn.Identity()
 
     def __call__(self, image, mask):
         image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
-        return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)
+        return self.colors(image.as_subclass(torch.Tensor)), mask.as_subclass(torch.Tensor)
 
 
-def upsample(logits, size):
-    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-
-
-def segmentation_loss(model, images, masks):
-    """Compute cross-entropy per pixel: images (B, 3, H, W) in [0, 1], masks (B, H, W)."""
-    logits = upsample(model(normalize(images)), masks.shape[-2:])
-    losses = F.cross_entropy(logits, masks.long(), ignore_index=IGNORED, reduction="sum")
-    return losses / (masks != IGNORED).sum().clamp(min=1)
+# --- prediction -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def predict(model, image, size, window=None):
-    """Return logits (K, H, W) of a uint8 image (3, H, W).
+    """Return the classes (H, W) of a uint8 image (3, H, W).
 
-    Its short side is resized to about `size`. Sides are rounded to whole patches. window: None, the
-    image at once; else square windows of that side, a multiple of the patch size and at most
-    `size`, slide over it, half overlapping, and their logits are averaged.
+    Its short side is resized to `size`. window: None, the image at once, its sides cut down to
+    whole patches; else square windows of that side, at most `size`, slide over it by 2/3 of it, and
+    their logits are averaged.
     """
     H, W = image.shape[-2:]
-    patch, zoom = model.encoder.patch_size, size / min(H, W)
-    sides = [max(window or patch, round(side * zoom / patch) * patch) for side in (H, W)]
-    x = v2.functional.resize(image, sides, InterpolationMode.BICUBIC, antialias=True)
-    x = normalize(x.float()[None] / 255)                                 # (1, 3, ., .)
+    patch, short = model.encoder.patch_size, min(H, W)
     if window is None:
-        return upsample(model(x), (H, W))[0]
-    n, (h, w) = window // patch, (side // patch for side in sides)
-    total, times = x.new_zeros(1, model.head.out_features, h, w), x.new_zeros(1, 1, h, w)
-    for top in starts(h, n):
-        for left in starts(w, n):
-            inside = (..., slice(top, top + n), slice(left, left + n))
-            rows = slice(top * patch, (top + n) * patch)
-            total[inside] += model(x[..., rows, left * patch : (left + n) * patch]).float()
+        sides = [max(patch, side * size // short // patch * patch) for side in (H, W)]
+        return classes_of(model(resized(image, sides))[0], (H, W))
+    sides = [max(window, round(side * size / short)) for side in (H, W)]
+    x = resized(image, sides)
+    total, times = x.new_zeros(1, model.classes, *sides), x.new_zeros(sides)
+    for top in starts(sides[0], window):
+        for left in starts(sides[1], window):
+            inside = (..., slice(top, top + window), slice(left, left + window))
+            total[inside] += upsample(model(x[inside])[0].float(), (window, window))
             times[inside] += 1
-    return upsample(total / times, (H, W))[0]
+    return classes_of(total / times, (H, W))
+
+
+def resized(image, sides):
+    """Resize a uint8 image (3, H, W) and make it a batch for the encoder."""
+    x = v2.functional.resize(image, sides, InterpolationMode.BILINEAR, antialias=True)
+    return normalize(x.float()[None] / 255)
 
 
 def starts(length, window):
-    """Return where windows begin that cover `length`, overlapping by half or more."""
-    return sorted({min(i, length - window) for i in range(0, length, max(1, window // 2))})
+    """Return where windows begin that cover `length`, each 2/3 of a window after the other."""
+    return sorted({min(i, length - window) for i in range(0, length, max(1, window * 2 // 3))})
+
+
+def classes_of(logits, size, most=1000):
+    """Return the class of each pixel: logits (1, K, h, w), bilinear, -> (H, W).
+
+    An image of more than most x most pixels is decided at a long side of `most`, and enlarged.
+    """
+    shrink = most / max(size) if size[0] * size[1] > most**2 else 1.0
+    sides = [max(1, round(side * shrink)) for side in size]
+    classes = upsample(logits.float(), sides).argmax(dim=1, keepdim=True)
+    return F.interpolate(classes.float(), size, mode="nearest-exact")[0, 0].long()
 
 
 # --- measures -------------------------------------------------------------------------------------
@@ -223,64 +170,172 @@ def confusion(prediction, mask, classes):
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
-def scores(matrix):
-    """Return {name: %} of a confusion matrix (K, K).
+def foreground_f(matrix):
+    """Return F of what is not class 0, whichever class, with β² = 0.3 (Table 9).
 
-    mIoU and mAcc are over the classes that are there. foreground_F: F of what is not class 0, the
-    background, regardless of the class, with β² = 0.3 (Table 9).
+    matrix: the confusion of one image. nan where its mask has no such pixel.
+    """
+    both, true, predicted = (m.sum().double() for m in (matrix[1:, 1:], matrix[1:], matrix[:, 1:]))
+    precision, recall = both / predicted.clamp(min=1), both / true
+    return 1.3 * precision * recall / (0.3 * precision + recall).clamp(min=1e-12)
+
+
+def scores(matrix, absent_count):
+    """Return the scores of a confusion matrix (K, K), in %, and the IoU of each class.
+
+    absent_count: as ImageNet-S, mIoU is over all classes, and one without a pixel has IoU 0; else
+    over those in a mask or a prediction. mAcc is over those in a mask.
     """
     hits = matrix.diag().double()
     true, predicted = matrix.sum(dim=1).double(), matrix.sum(dim=0).double()
-    iou = (hits / (true + predicted - hits))[true + predicted > 0]
-    foreground = matrix[1:, 1:].sum().double()
-    precision = foreground / predicted[1:].sum().clamp(min=1)
-    recall = foreground / true[1:].sum().clamp(min=1)
-    f = 1.3 * precision * recall / (0.3 * precision + recall).clamp(min=1e-12)
-    values = {"mIoU": iou.mean(), "mAcc": (hits / true)[true > 0].mean(),
-              "pixel_accuracy": hits.sum() / true.sum(), "foreground_F": f}
-    return {name: 100 * value.item() for name, value in values.items()}
+    iou = 100 * hits / (true + predicted - hits)    # nan for a class without a pixel
+    miou = iou.nan_to_num(0).mean() if absent_count else iou.nanmean()
+    values = {"mIoU": miou, "mAcc": 100 * (hits / true).nanmean(),
+              "pixel_accuracy": 100 * hits.sum() / true.sum()}
+    values = {name: value.item() for name, value in values.items()}
+    return values | {"IoU": [None if x != x else x for x in iou.tolist()]}
 
 
-def evaluate_segmentation(model, images, size, window, device):
-    """Return the `scores` on a data set of (image, mask), each process its share."""
+def evaluate_segmentation(model, images, size, window, device, num_workers=0, folder=None):
+    """Return the scores on a data set of (image, mask), each process its share; {} without masks.
+
+    folder: write predictions there.
+    """
     rank, processes = world()
-    classes = model.head.out_features
-    total = torch.zeros(classes, classes, dtype=torch.long, device=device)
     mine = range(rank, len(images), processes)
-    for i in tqdm(mine, desc="segmenting", disable=None if rank == 0 else True, leave=False):
+    loader = DataLoader(images, batch_size=None, sampler=mine, num_workers=num_workers,
+                        worker_init_fn=ignore_signals)
+    total = torch.zeros(model.classes, model.classes, dtype=torch.long, device=device)
+    f = torch.zeros(2, dtype=torch.double, device=device)    # their sum and number
+    bar = tqdm(loader, desc="segmenting", disable=None if rank == 0 else True, leave=False)
+    for i, (image, mask) in zip(mine, bar):
+        with autocast(device):
+            prediction = predict(model, image.to(device), size, window)
+        if folder:
+            images.write(i, prediction, folder)
+        matrix = confusion(prediction, mask.to(device), model.classes)
+        total += matrix
+        of_image = foreground_f(matrix)
+        f += torch.stack([of_image.nan_to_num(0), (~of_image.isnan()).double()])
+    total, f = sum_over_processes(total), sum_over_processes(f)
+    if not images.has_masks:
+        return {}
+    found = total.sum(dim=1).nonzero().flatten().tolist()
+    if len(found) < 2:
+        hold = f"hold class {found[0]} alone" if found else "hold no pixel that counts"
+        raise UserError(f"the masks of the {len(images)} images to measure on {hold}; see "
+                        "--ignore_index")
+    values = scores(total, images.layout == "imagenet-s")
+    return values | {"foreground_F": 100 * (f[0] / f[1]).item() if f[1] else None}
+
+
+def draw_predictions(model, images, number, size, window, device, path):
+    """Draw some images, evenly taken, beside truth and prediction."""
+    rows = []
+    for i in torch.linspace(0, len(images) - 1, min(number, len(images))).long().tolist():
         image, mask = images[i]
         with autocast(device):
-            prediction = predict(model, image.to(device), size, window).argmax(dim=0)
-        total += confusion(prediction, mask.to(device), classes)
-    return scores(sum_over_processes(total))
+            rows.append((image, mask, predict(model, image.to(device), size, window).cpu()))
+    draw_masks(rows, images.class_names, path)
+
+
+# --- the task -------------------------------------------------------------------------------------
+
+
+def settle(args, encoder, size, layout, processes):
+    """Fill in defaults that depend on the head, the encoder and the data set.
+
+    Return the sides of training crops and of the short side to test at. Raises UserError.
+    """
+    large = encoder.heads and encoder.dim >= ARCHITECTURES["vit_base"]["dim"]
+    if args.head == "upernet":
+        size = args.image_size or 512
+        args.steps = args.steps or (160_000 if layout == "ade20k" else 20_000)
+        if args.warmup_steps is None:
+            args.warmup_steps = min(1500, args.steps // 10)
+        if args.warmup_steps >= args.steps:
+            raise UserError(f"--warmup_steps {args.warmup_steps} must be less than --steps "
+                            f"{args.steps}")
+        defaults = (16, 8e-5, 0.65) if large else (16, 3e-5, 0.9)
+    else:
+        defaults = (256, 0.01 if args.frozen else 5e-4, 0.5)
+    batch, lr, layer_decay = defaults
+    args.batch_size_per_gpu = args.batch_size_per_gpu or max(1, batch // processes.size)
+    args.lr = args.lr or lr
+    args.layer_decay = args.layer_decay or layer_decay
+    if args.sliding is None:
+        args.sliding = args.head == "upernet"
+    test_size = args.test_size or (size if args.head == "upernet" else size * 256 / 224)
+    test_size = max(1, round(test_size / encoder.patch_size)) * encoder.patch_size
+    if args.sliding and test_size < size:
+        raise UserError(f"windows of {size} do not fit into --test_size {test_size}: give a larger "
+                        "one, or --no-sliding")
+    return size, test_size
+
+
+def train(args, model, images, size, encoder, processes):
+    """Train a Segmenter; return the folder of its checkpoint, and its protocol in words."""
+    upernet, indices = args.head == "upernet", list(range(len(images)))
+    transform = (ScaleAndCrop(size) if upernet
+                 else CropBoth(size, args.scale, colors=not args.frozen))
+    samples = Augmented(images, indices, transform, args.seed)
+    batches = TrainingBatches(samples, args.batch_size_per_gpu, args.num_workers, processes.device,
+                              keep_last=not upernet)
+    batch = batches.batch_size * processes.size
+    if upernet and batch == 1:
+        raise UserError("--head upernet normalizes over a batch: 1 image is none")
+    path, arguments = resumable(args, encoder, size, indices)
+    processes.working = True
+    if upernet:
+        rates = linear_schedule(args.lr, args.steps, args.warmup_steps)
+        how = f"{args.steps} steps, batch {batch}, lr {args.lr:g}"
+    else:
+        top_lr, warmup = args.lr * batch / 256, args.warmup_epochs * batches.steps
+        rates = cosine_schedule(top_lr, min(args.min_lr, top_lr), args.epochs * batches.steps,
+                                warmup)
+        how = f"{args.epochs} epochs, batch {batch}, lr {args.lr:g} per 256"
+    groups = layer_groups(model.encoder, model.head, args.layer_decay, args.weight_decay)
+    fit_adamw(model, segmentation_loss, batches, groups, rates.tolist(), args.seed, path, arguments,
+              save_every=args.checkpoint_steps if upernet else None)
+    tuned = "frozen" if args.frozen else f"fine-tuned, layer decay {args.layer_decay}"
+    return path.parent, f"{args.head} head, {tuned}, {len(images)} training images of " \
+                        f"{args.data_path} at {size} px, {how}"
 
 
 def run(args, encoder, size, processes):
     """Train a segmentation and measure it, for evaluate.py."""
-    train, val = (build_segmentation(args.data_path, split, args.ignore_index)
-                  for split in ("train", args.val_split))
-    classes = train.classes = val.classes = args.classes or count_classes(train)
-    args.lr = args.lr or (0.01 if args.frozen else 5e-4)
-    patch, device = encoder.patch_size, processes.device
-    test_size = max(1, round((args.test_size or size * 256 / 224) / patch)) * patch
-    if args.sliding and test_size < size:
-        raise UserError(f"--sliding: windows of {size} do not fit into --test_size {test_size}")
+    images = build_segmentation(args.data_path, "train", args.ignore_index)
+    val = build_segmentation(args.data_path, args.val_split, args.ignore_index)
+    if not (val.has_masks or args.predictions):
+        raise UserError(f"the masks of {args.val_split} are withheld: give --predictions DIR")
+    size, test_size = settle(args, encoder, size, images.layout, processes)
+    classes = count_classes(images, args.classes)
+    count_classes(val, classes)
+    images.classes = val.classes = classes
+    if args.predictions:
+        try:
+            Path(args.predictions).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--predictions: {error}") from error
     torch.manual_seed(args.seed)
-    model = Segmenter(encoder, classes, args.frozen).to(device)
-    indices = list(range(len(train)))
-    images = Augmented(train, indices, CropBoth(size, args.scale), args.seed)
-    batches = TrainingBatches(images, args.batch_size_per_gpu, args.num_workers, device)
-    path, arguments = resumable(args, encoder, size, indices)
-    processes.working = True
-    fit_encoder(model, segmentation_loss, batches, args, device, path, arguments)
-    window = size if args.sliding else None
-    result = evaluate_segmentation(model, val, test_size, window, device)
-    how = "frozen" if args.frozen else f"fine-tuned, layer decay {args.layer_decay}"
-    batch = batches.batch_size * processes.size
-    processes.say(f"segment, {how}, {len(train)} training images of {args.data_path} at {size} px, "
-                  f"{args.epochs} epochs, batch {batch}, lr {args.lr:g} per 256, final epoch")
+    model = Segmenter(encoder, args.head, classes, args.frozen).to(processes.device)
+    folder, protocol = train(args, model, images, size, encoder, processes)
+    window, device = size if args.sliding else None, processes.device
+    result = evaluate_segmentation(model, val, test_size, window, device, args.num_workers,
+                                   args.predictions)
+    say = processes.say
+    say(protocol)
     windows = f", windows of {size}" if args.sliding else ""
-    processes.say(f"{len(val)} images of {args.val_split}, short side {test_size}{windows}, "
-                  f"{classes} classes")
-    processes.say("  ".join(f"{name} {value:.1f} %" for name, value in result.items()))
-    return {"images": len(train), "classes": classes, "test_size": test_size} | result
+    over = ", mIoU over all, absent ones 0" if val.layout == "imagenet-s" else ""
+    say(f"{len(val)} images of {args.val_split}, short side {test_size}{windows}, {classes} "
+        f"classes{over}, at the end of training")
+    say("  ".join(f"{name} {value:.1f} %" for name, value in result.items()
+                  if isinstance(value, float)))
+    if args.pictures and processes.rank == 0:
+        picture = folder / "segmentation.png"
+        draw_predictions(model, val, args.pictures, test_size, window, device, picture)
+        say(f"{picture}: {args.pictures} predictions")
+    if args.predictions:
+        say(f"{args.predictions}: predictions, coded as the masks are")
+    return {"images": len(images), "classes": classes, "image_size": size,
+            "test_size": test_size} | result

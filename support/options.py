@@ -377,10 +377,10 @@ def add_weights_flags(parser, task):
     flag(parser, "json", None, None, "write the result there too", metavar="FILE")
 
 
-def add_data_flags(parser):
+def add_data_flags(parser, batch_size=128, batch="images of a process and forward pass"):
     flag(parser, "data_path", None, None, "folder with train/ and val/, or a name as for train.py",
          required=True)
-    flag(parser, "batch_size_per_gpu", 128, SIZE, "images of a process and forward pass")
+    flag(parser, "batch_size_per_gpu", batch_size, SIZE, batch, kind=int)
     flag(parser, "num_workers", min(10, os.cpu_count() or 1), COUNT, "loader processes")
     flag(parser, "seed", 0, COUNT, "of what is random")
 
@@ -434,23 +434,65 @@ def add_finetune_flags(parser):
          "published 1 %% and 10 %% lists", metavar="FILE")
 
 
+# Flags of segment that belong to one head, with their defaults; None: it depends on the data set.
+OF_HEAD = {
+    "linear": dict(epochs=100, warmup_epochs=5, min_lr=1e-6, scale=[0.14, 1.0]),
+    "upernet": dict(steps=None, warmup_steps=None, checkpoint_steps=500),
+}
+
+
 def add_segment_flags(parser):
-    add_data_flags(parser)
-    add_fit_flags(parser)
-    switch(parser, "frozen", False, "train the convolution only: a dense probe")
-    flag(parser, "lr", None, POSITIVE, "learning rate per 256 images; 5e-4, frozen 0.01, if not "
-         "given", kind=float)
-    flag(parser, "layer_decay", 0.5, "(0, 1]", "of the learning rate, a layer down")
-    flag(parser, "classes", None, SIZE, "their number; 1 + the largest in the training masks if "
-         "not given", kind=int)
-    flag(parser, "ignore_index", 255, COUNT, "what masks call a pixel that does not count")
-    flag(parser, "scale", [0.25, 1.0], "(0, 1]", "range of a training crop's share of the image",
-         nargs=2)
+    add_data_flags(parser, None, "images of a process and forward pass; if not given all processes "
+                   "together have the paper's: linear 256, upernet 16")
+    flag(parser, "head", "linear", None, "a 1 x 1 convolution on the patches, or UperNet",
+         choices=list(OF_HEAD))
+    switch(parser, "frozen", False, "train the head only: with the convolution a dense probe")
+    flag(parser, "lr", None, POSITIVE, "learning rate; of linear per 256 images, 5e-4, frozen "
+         "0.01; of upernet as it is, 3e-5, from vit_base on 8e-5", kind=float)
+    flag(parser, "layer_decay", None, "(0, 1]", "of the learning rate, a layer down; linear 0.5, "
+         "upernet 0.9, from vit_base on 0.65", kind=float)
+    flag(parser, "weight_decay", 0.05, NOT_NEGATIVE, "none on biases and norms")
+    flag(parser, "drop_path_rate", 0.1, "[0, 1)", "stochastic depth")
+    flag(parser, "classes", None, "[2, 9e18]", "their number; if not given the data set's, or 1 + "
+         "the largest in the training masks", kind=int)
+    flag(parser, "ignore_index", None, "[-1, 9e18]", "what masks in a folder of images/ and masks/ "
+         "call a pixel that does not count, -1: none; 255 if not given", kind=int)
     flag(parser, "val_split", "val", None, "folder of the images to measure on")
     flag(parser, "test_size", None, SIZE, "short side of an image when it is segmented, in whole "
-         "patches; 256 / 224 of the training size if not given", kind=int)
-    switch(parser, "sliding", False, "slide windows of the training size over an image instead of "
-           "taking it at once")
+         "patches; linear 256 / 224 of the training size, upernet as that", kind=int)
+    switch(parser, "sliding", None, "slide windows of the training size over an image instead of "
+           "taking it at once; upernet only if not given")
+    flag(parser, "predictions", None, None, "write predictions there, coded as the masks are",
+         metavar="DIR")
+    flag(parser, "pictures", 0, COUNT, "draw so many predictions beside image and truth, into the "
+         "output folder")
+    flag(parser, "output_dir", None, None, "where checkpoint.pth is written, from which the same "
+         "command resumes; if not given a folder beside the weights")
+    g = parser.add_argument_group("--head linear")
+    flag(g, "epochs", None, SIZE, "passes over the training images; 100 if not given", kind=int)
+    flag(g, "warmup_epochs", None, COUNT, "epochs of linear warm-up; 5 if not given", kind=int)
+    flag(g, "min_lr", None, NOT_NEGATIVE, "learning rate at the end, by cosine, not scaled; 1e-6 "
+         "if not given", kind=float)
+    flag(g, "scale", None, "(0, 1]", "range of a training crop's share of the image; 0.14 1 if not "
+         "given", nargs=2, kind=float)
+    g = parser.add_argument_group("--head upernet")
+    flag(g, "steps", None, SIZE, "of training; 160000 for ADE20K, else 20000, if not given",
+         kind=int)
+    flag(g, "warmup_steps", None, COUNT, "steps of linear warm-up; 1500, or a tenth of fewer than "
+         "15000 steps, if not given", kind=int)
+    flag(g, "checkpoint_steps", None, SIZE, "steps between checkpoints; 500 if not given", kind=int)
+
+
+def settle_head(args):
+    """Set the flags of segment's --head to their defaults; return an error message or None."""
+    for head, defaults in OF_HEAD.items():
+        for name, default in defaults.items():
+            given = getattr(args, name) is not None
+            if given and head != args.head:
+                return f"--{name} is a flag of --head {head}, not of {args.head}"
+            if not given and head == args.head:
+                setattr(args, name, default)
+    return None
 
 
 def add_fit_flags(parser):
@@ -478,9 +520,9 @@ EVALUATIONS = {
     "knn": (add_knn_flags, "weighted k-nearest neighbors"),
     "linear": (add_linear_flags, "linear classification of frozen features"),
     "finetune": (add_finetune_flags, "fine-tuning for classification, with all or few labels"),
-    "segment": (add_segment_flags, "segmentation by a 1 x 1 convolution on the patches; "
-                "--data_path: shapes, voc, or a folder with train/ and val/, images/ and masks/ in "
-                "each"),
+    "segment": (add_segment_flags, "segmentation by a 1 x 1 convolution or UperNet; --data_path: "
+                "shapes, voc, ImageNet-S, ADE20K, or a folder with train/ and val/, images/ and "
+                "masks/ in each"),
     "features": (add_features_flags, "the class tokens of images, in a file; --data_path: any "
                  "folder of images, labels not needed, or a name"),
     "export": (add_export_flags, "the encoder alone, as a plain state dict"),
@@ -498,15 +540,17 @@ def parse_evaluate_args(argv=None):
         add_weights_flags(task, name)
         add_flags(task)
     args = parser.parse_args(argv)
+    if args.task == "segment" and (fault := settle_head(args)):
+        parser.error(fault)
     untrained = getattr(args, "untrained", None) is not None
     if untrained and not args.arch:
         parser.error("--untrained needs --arch")
     if not untrained and getattr(args, "patch_size", None):
         parser.error("--patch_size is that of the weights; it goes with --untrained alone")
-    warmup, epochs = getattr(args, "warmup_epochs", 0), getattr(args, "epochs", 1)
-    if warmup >= epochs:
+    warmup, epochs = getattr(args, "warmup_epochs", None), getattr(args, "epochs", None)
+    if epochs and warmup is not None and warmup >= epochs:
         parser.error(f"--warmup_epochs {warmup} must be less than --epochs {epochs}")
-    low, high = getattr(args, "scale", (0, 1))
+    low, high = getattr(args, "scale", None) or (0, 1)
     if low > high:
         parser.error(f"--scale must rise, not {low:g} {high:g}")
     return args
