@@ -44,12 +44,14 @@ class TrainingBatches:
     """Endless shuffled batches of an Augmented data set.
 
     `start(step)` iterates from a step on. batch_size: of a process; no more than there are images.
-    steps: of an epoch. What it yields does not depend on num_workers.
+    collate: list of examples -> batch; if None tensors are stacked. steps: of an epoch. What it
+    yields does not depend on num_workers.
     """
 
-    def __init__(self, images, batch_size, num_workers, device):
+    def __init__(self, images, batch_size, num_workers, device, collate=None):
         rank, processes = world()
         self.images, self.num_workers, self.device = images, num_workers, device
+        self.collate = collate
         self.batch_size = max(1, min(batch_size, len(images) // processes))
         self.steps = len(images) // (self.batch_size * processes)
         if self.steps == 0:
@@ -62,7 +64,7 @@ class TrainingBatches:
         return iter(DataLoader(
             self.images, batch_sampler=keys, num_workers=self.num_workers,
             worker_init_fn=ignore_signals, pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),
+            generator=torch.Generator(), collate_fn=self.collate,
         ))
 
 
@@ -73,7 +75,8 @@ def resumable(args, encoder, size, indices):
     such combination has a folder of its own beside the weights. Raises UserError where the folder
     can't be used.
     """
-    harmless = ("output_dir", "num_workers", "json", "test_size", "sliding", "val_split")
+    harmless = ("output_dir", "num_workers", "json", "test_size", "sliding", "val_split",
+                "pictures")
     content = hashlib.sha256(repr(indices).encode())
     for value in encoder.state_dict().values():
         content.update(value.cpu().numpy().tobytes())
