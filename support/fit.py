@@ -70,13 +70,15 @@ class TrainingBatches:
     """Endless shuffled batches of an Augmented data set.
 
     `start(step)` iterates from a step on. batch_size: of a process; no more than there are images.
-    keep_last: an epoch ends with a smaller batch of what is left, instead of leaving it out. steps:
-    of an epoch. What it yields does not depend on num_workers.
+    keep_last: an epoch ends with a smaller batch of what is left, instead of leaving it out.
+    collate: list of examples -> batch; if None tensors are stacked. steps: of an epoch. What it
+    yields does not depend on num_workers.
     """
 
-    def __init__(self, images, batch_size, num_workers, device, keep_last=False):
+    def __init__(self, images, batch_size, num_workers, device, keep_last=False, collate=None):
         rank, processes = world()
         self.images, self.num_workers, self.device = images, num_workers, device
+        self.collate = collate
         self.batch_size = max(1, min(batch_size, len(images) // processes))
         self.keep_last = keep_last
         per_step = self.batch_size * processes
@@ -92,7 +94,7 @@ class TrainingBatches:
         return iter(DataLoader(
             self.images, batch_sampler=keys, num_workers=self.num_workers,
             worker_init_fn=ignore_signals, pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),
+            generator=torch.Generator(), collate_fn=self.collate,
         ))
 
 

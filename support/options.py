@@ -373,7 +373,8 @@ def add_weights_flags(parser, task):
     flag(parser, "heads", None, SIZE, "attention heads, where they are other than the "
          "architecture's: 12 for a ViT-S from MoCo v3", kind=int)
     flag(parser, "image_size", None, SIZE, "side in pixels, after resizing the short side to 256 / "
-         "224 of it; if not given the size trained at (a ResNet's is not known: 224)", kind=int)
+         "224 of it; if not given the size trained at (a ResNet's is not known: 224). detect: the "
+         "short side; if not given 800", kind=int)
     flag(parser, "json", None, None, "write the result there too", metavar="FILE")
 
 
@@ -495,6 +496,22 @@ def settle_head(args):
     return None
 
 
+def add_detect_flags(parser):
+    add_data_flags(parser)
+    add_epochs_flags(parser)
+    parser.set_defaults(epochs=12, batch_size_per_gpu=16)
+    flag(parser, "lr", 0.0016, POSITIVE, "learning rate per 256 images (1e-4 at batch 16); a tenth "
+         "after 2/3 of the epochs, a hundredth after 11/12")
+    flag(parser, "warmup_steps", 500, COUNT, "steps of linear warm-up")
+    flag(parser, "layer_decay", 0.8, "(0, 1]", "of the learning rate, a layer down")
+    flag(parser, "weight_decay", 0.05, NOT_NEGATIVE, "none on biases and norms")
+    flag(parser, "drop_path_rate", 0.1, "[0, 1)", "stochastic depth")
+    flag(parser, "width", 256, SIZE, "channels of the pyramid and the heads; 64 on a CPU")
+    flag(parser, "rois", 512, SIZE, "boxes of an image that each stage is trained on; 64 on a CPU")
+    flag(parser, "pictures", 0, COUNT, "draw truth and detections in so many images to "
+         "detections.png in the output folder")
+
+
 def add_fit_flags(parser):
     add_epochs_flags(parser)
     flag(parser, "warmup_epochs", 5, COUNT, "epochs of linear warm-up")
@@ -525,6 +542,8 @@ EVALUATIONS = {
                 "masks/ in each"),
     "features": (add_features_flags, "the class tokens of images, in a file; --data_path: any "
                  "folder of images, labels not needed, or a name"),
+    "detect": (add_detect_flags, "detection and instance segmentation by Cascade Mask R-CNN; "
+               "--data_path: a folder with train2017/, val2017/ and annotations/, as COCO's"),
     "export": (add_export_flags, "the encoder alone, as a plain state dict"),
 }
 
