@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -92,7 +93,8 @@ def fit(step, parts, batches, epochs, path, arguments):
     """Call step(number, batch), which returns a loss, for some epochs.
 
     batches: TrainingBatches. parts: {name: what has a state}, written to `path` after every epoch,
-    from which a run with equal `arguments` resumes. Raises UserError for a loss that is not finite.
+    from which a run with equal `arguments` resumes. Raises UserError for a loss or weights that are
+    not finite.
     """
     is_main = world()[0] == 0
     with output_folder(path.parent, is_main):
@@ -105,9 +107,10 @@ def fit(step, parts, batches, epochs, path, arguments):
                 loss = step(number, next(iterator))
                 bar.update()
             loss = loss.item()
-            if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} in epoch {epoch + 1}; try a lower --lr. "
-                                f"{path} is of the epoch before")
+            if not (math.isfinite(loss) and finite(parts)):
+                weights = "" if finite(parts) else ", and there are weights that are not finite"
+                raise UserError(f"the loss is {loss} in epoch {epoch + 1}{weights}; try a lower "
+                                f"--lr. {path} is of the epoch before, if there is one")
             if is_main:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 save(state | {"epoch": epoch + 1, "arguments": arguments}, path)
@@ -115,6 +118,12 @@ def fit(step, parts, batches, epochs, path, arguments):
             if bar.disable and is_main:    # no terminal
                 print(f"epoch {epoch + 1}/{epochs}: loss {loss:.3f}", flush=True)
         bar.close()
+
+
+def finite(parts):
+    """Return whether all weights of the networks among parts are finite."""
+    return all(value.isfinite().all() for part in parts.values() if isinstance(part, nn.Module)
+               for value in part.state_dict().values())
 
 
 def resume(parts, epochs, path, arguments):
