@@ -238,7 +238,8 @@ def linear(args, encoder, size, processes):
     crops = Augmented(train, rest, crop, args.seed)
     batches = TrainingBatches(crops, args.batch_size_per_gpu, args.num_workers, device)
     path, arguments = resumable(args, encoder, size, rest)
-    processes.working = True
+    batch, say, processes.working = batches.batch_size * processes.size, processes.say, True
+    say(f"batch {batch} in all: learning rates are {batch / 256:g} times those of --lr")
     probes = Probes(encoder, blocks, mean_patch, train.classes, args.lr).to(device)
     train_probes(probes, batches, args, device, path, arguments)
     on_val = probe_accuracies(probes, val, labeled(val).tolist(), size, device, args)
@@ -246,14 +247,13 @@ def linear(args, encoder, size, processes):
     chosen = max(range(len(args.lr)), key=lambda i: on_held[i])
 
     tokens = f"class token of the last {blocks} block(s){' and mean patch' if mean_patch else ''}"
-    processes.say(f"linear, {tokens}, {size} px, {args.epochs} epochs, batch "
-                  f"{args.batch_size_per_gpu * processes.size}, final epoch, {args.data_path}")
-    processes.say("  lr / 256   held out      val")
-    where = "what was held out" if held else "val"
+    say(f"linear, {tokens}, {size} px, {args.epochs} epochs, batch {batch}, {args.data_path}")
+    say("  lr / 256   held out      val")
     rows = list(zip(args.lr, on_held, on_val))
-    for i, (rate, a, b) in enumerate(rows):
-        mark = f"  <- chosen on {where}" if i == chosen else ""
-        processes.say(f"{rate:10g}    {a:5.1f} %  {b:5.1f} %{mark}")
+    for rate, a, b in rows:
+        say(f"{rate:10g}    {a:5.1f} %  {b:5.1f} %")
+    where = f"{len(held)} held-out images" if held else "val"
+    say(f"top-1 {on_val[chosen]:.1f} %, final epoch, lr {args.lr[chosen]:g}, chosen on {where}")
     return {
         "n_last_blocks": blocks, "avgpool_patchtokens": mean_patch,
         "rates": [dict(zip(("lr", "held_out", "val"), row)) for row in rows],

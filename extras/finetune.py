@@ -1,7 +1,7 @@
 """Fine-tuning for classification (Tables 1, 4, 5): `evaluate.py finetune`.
 
 The recipe is MAE's and iBOT's: AdamW with layer-wise decay, warm-up, a cosine; RandAugment, random
-erasing, mixup, cutmix, label smoothing, stochastic depth.
+erasing, mixup, cutmix, label smoothing, stochastic depth. `load_classifier` reads what it writes.
 
 B images of a process's batch, C channels of the encoder, K classes
 """
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from augment import normalize
+from augment import MEAN, normalize
 from data import labeled
 from evaluate import build_labeled
 from support.distributed import sum_over_processes, world
@@ -23,44 +23,70 @@ from support.errors import UserError
 from support.fit import Augmented, TrainingBatches, fit, resumable, seed_everything
 from support.inputs import autocast, share_loader, to_input
 from support.optim import cosine_schedule, layer_groups
+from support.weights import load_encoder
 
 
 class Classifier(nn.Module):
     """Images (B, 3, H, W), normalized -> logits (B, K).
 
-    Linear in the class token after the final norm, or in the mean patch.
+    Linear in the class token after the final norm. mean_patch: in the mean patch after a new norm,
+    MAE's fc_norm, which replaces the encoder's.
     """
 
     def __init__(self, encoder, classes, mean_patch=False):
         super().__init__()
         self.encoder, self.mean_patch = encoder, mean_patch
+        if mean_patch:
+            encoder.norm = nn.LayerNorm(encoder.dim, eps=1e-6)
         self.head = nn.Linear(encoder.dim, classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)    # MAE's
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images):
-        tokens = self.encoder.norm(self.encoder(images))
-        return self.head(tokens[:, 1:].mean(dim=1) if self.mean_patch else tokens[:, 0])
+        tokens = self.encoder(images)    # (B, 1 + N, C)
+        pooled = tokens[:, 1:].mean(dim=1) if self.mean_patch else tokens[:, 0]
+        return self.head(self.encoder.norm(pooled))
+
+
+def load_classifier(path):
+    """Load the Classifier in a checkpoint.pth of `evaluate.py finetune`, in eval mode.
+
+    Class k is the k-th of the sorted class folders. `image_size` is the side it was trained at.
+    """
+    encoder = load_encoder(path)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    arguments, state = checkpoint["arguments"], checkpoint["model"]
+    model = Classifier(encoder, len(state["head.bias"]), arguments["avgpool_patchtokens"])
+    model.load_state_dict(state)
+    model.image_size = arguments["image_size"]
+    return model.eval()
 
 
 def fit_encoder(model, loss, batches, args, device, path, arguments):
-    """Train a model by AdamW with layer-wise decay.
+    """Train a model by AdamW with layer-wise decay; print the batch and the rate in effect.
 
     model: has an `encoder` and a `head`. loss: (model, images float (B, 3, S, S) in [0, 1],
     targets) -> scalar. args: epochs, warmup_epochs, lr (per 256 images), min_lr, layer_decay,
     weight_decay, seed.
     """
-    top_lr = args.lr * batches.batch_size * world()[1] / 256
+    rank, processes = world()
+    batch = batches.batch_size * processes
+    top_lr = args.lr * batch / 256
+    final_lr = min(args.min_lr, top_lr)
+    if rank == 0:
+        print(f"batch {batch} ({processes} x {batches.batch_size}), {batches.steps} steps an "
+              f"epoch; learning rate {top_lr:g} ({args.lr:g} per 256), to {final_lr:g} by cosine, "
+              f"times {args.layer_decay:g} a layer down", flush=True)
     steps, warmup = args.epochs * batches.steps, args.warmup_epochs * batches.steps
-    rates = cosine_schedule(top_lr, min(args.min_lr, top_lr), steps, warmup).tolist()
+    rates = cosine_schedule(top_lr, final_lr, steps, warmup).tolist()
     groups = layer_groups(model.encoder, model.head, args.layer_decay, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=top_lr)
-    network = DistributedDataParallel(model) if world()[1] > 1 else model
+    network = DistributedDataParallel(model) if processes > 1 else model
     model.train()
 
     def step(number, batch):
         images, targets = (x.to(device, non_blocking=True) for x in batch)
-        seed_everything(args.seed, number, world()[0])    # mixing, stochastic depth
+        seed_everything(args.seed, number, rank)    # erasing, mixing, stochastic depth
         for group in optimizer.param_groups:
             group["lr"] = rates[number] * group["scale"]
         with autocast(device):
@@ -75,26 +101,35 @@ def fit_encoder(model, loss, batches, args, device, path, arguments):
 
 
 def augmentation(size):
-    """Return the transform uint8 image -> uint8 (3, size, size) of the recipe."""
+    """Return the transform uint8 image -> uint8 (3, size, size) of the recipe.
+
+    It has timm's rand-m9-mstd0.5-inc1: two operations, each with probability 0.5, at 9 of 10 of
+    their range. Magnitude 27 is that: torchvision has 31 bins, from 0 to 30.
+    """
+    operation = v2.RandAugment(1, magnitude=27, interpolation=InterpolationMode.BILINEAR,
+                               fill=[round(255 * mean) for mean in MEAN])
     return v2.Compose([
         v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC, antialias=True),
         v2.RandomHorizontalFlip(),
-        v2.RandAugment(num_ops=2, magnitude=9, interpolation=InterpolationMode.BILINEAR),
-        v2.RandomErasing(p=0.25),
+        v2.RandomApply([operation], p=0.5),
+        v2.RandomApply([operation], p=0.5),
     ])
 
 
-def classification_loss(classes, smoothing, mixup, cutmix):
-    """Return the loss of images mixed by mixup or cutmix, with smoothed labels.
+def classification_loss(classes, smoothing, mixup, cutmix, erasing):
+    """Return the loss of images with noise for a rectangle, mixed, with smoothed labels.
 
-    mixup, cutmix: alpha of their Beta(alpha, alpha) shares; 0 leaves either out.
+    erasing: probability that a rectangle of a normalized image becomes normal noise. mixup, cutmix:
+    alpha of their Beta(alpha, alpha) shares; 0 leaves either out.
     """
+    erase = v2.RandomErasing(p=erasing, value="random")
     mixes = [mix(alpha=alpha, num_classes=classes)
              for mix, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
     mix = v2.RandomChoice(mixes) if mixes else lambda images, labels: (images, labels)
 
     def loss(model, images, labels):
-        images, targets = mix(normalize(images), labels)
+        images = torch.stack([erase(image) for image in normalize(images)])
+        images, targets = mix(images, labels)
         return F.cross_entropy(model(images).float(), targets, label_smoothing=smoothing)
 
     return loss
@@ -109,6 +144,15 @@ def training_share(images, fraction, seed):
         of_class = order[images.labels[order] == label]
         share += of_class[: max(1, round(fraction * len(of_class)))].tolist()
     return sorted(share)
+
+
+def read_list(path):
+    """Return the names in a file, one a line."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--train_list {path} can't be read: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def listed_share(images, names):
@@ -154,11 +198,7 @@ def run(args, encoder, size, processes):
     """Fine-tune and measure, for evaluate.py."""
     train, val = build_labeled(args)
     if args.train_list:
-        try:
-            names = Path(args.train_list).read_text().split()
-        except OSError as error:
-            raise UserError(f"--train_list: {error}") from error
-        share = listed_share(train, names)
+        share = listed_share(train, read_list(args.train_list))
     else:
         share = training_share(train, args.train_fraction, args.seed)
     device = processes.device
@@ -166,13 +206,13 @@ def run(args, encoder, size, processes):
     model = Classifier(encoder, train.classes, args.avgpool_patchtokens).to(device)
     images = Augmented(train, share, augmentation(size), args.seed)
     batches = TrainingBatches(images, args.batch_size_per_gpu, args.num_workers, device)
-    loss = classification_loss(train.classes, args.smoothing, args.mixup, args.cutmix)
+    loss = classification_loss(
+        train.classes, args.smoothing, args.mixup, args.cutmix, args.erasing)
     path, arguments = resumable(args, encoder, size, share)
     processes.working = True
     fit_encoder(model, loss, batches, args, device, path, arguments)
-    accuracies = top_accuracies(
+    top1, top5 = top_accuracies(
         model, val, size, device, args.batch_size_per_gpu, args.num_workers)
-    top1, top5 = accuracies
     batch = batches.batch_size * processes.size
     processes.say(
         f"finetune, {size} px, {len(share)} of {len(labeled(train))} training images of "
@@ -180,4 +220,7 @@ def run(args, encoder, size, processes):
         f"decay {args.layer_decay}, final epoch")
     more = f"  top-5 {top5:.1f} %" if train.classes > 5 else ""
     processes.say(f"top-1 {top1:.1f} %{more}  on {len(labeled(val))} validation images")
-    return {"images": len(share), "classes": train.classes, "top1": top1, "top5": top5}
+    processes.say(f"the fine-tuned model is {path}: load it by extras.finetune.load_classifier, "
+                  "its encoder by --pretrained_weights")
+    return {"images": len(share), "classes": train.classes, "top1": top1, "top5": top5,
+            "checkpoint": str(path)}

@@ -408,8 +408,8 @@ def add_linear_flags(parser):
     add_data_flags(parser)
     add_label_flags(parser)
     add_epochs_flags(parser)
-    flag(parser, "lr", LEARNING_RATES, NOT_NEGATIVE, "learning rates per 256 images, trained side "
-         "by side", nargs="+")
+    flag(parser, "lr", LEARNING_RATES, POSITIVE, "learning rates per 256 images, trained side by "
+         "side", nargs="+")
     flag(parser, "holdout", 0.1, "[0, 1)", "share of the training images kept to choose the rate "
          "on; 0: choose on val, as iBOT does")
     flag(parser, "n_last_blocks", None, SIZE, "blocks whose class tokens are taken; 4, from "
@@ -423,10 +423,13 @@ def add_finetune_flags(parser):
     add_fit_flags(parser)
     flag(parser, "lr", 0.0005, POSITIVE, "learning rate per 256 images, of the head (1e-3 at batch "
          "512)")
+    parser.epilog = ("The fine-tuned model is checkpoint.pth in --output_dir. extras.finetune."
+                     "load_classifier reads it, and --pretrained_weights its encoder.")
     flag(parser, "layer_decay", 0.65, "(0, 1]", "of the learning rate, a layer down")
-    switch(parser, "avgpool_patchtokens", False, "the last block's mean patch in place of the "
-           "class token")
+    switch(parser, "avgpool_patchtokens", False, "the last block's mean patch, through a new norm, "
+           "in place of the class token, as MAE")
     flag(parser, "smoothing", 0.1, "[0, 1)", "of labels")
+    flag(parser, "erasing", 0.25, "[0, 1]", "probability that a part of an image becomes noise")
     flag(parser, "mixup", 0.8, NOT_NEGATIVE, "alpha; 0: without")
     flag(parser, "cutmix", 1.0, NOT_NEGATIVE, "alpha; 0: without")
     flag(parser, "train_fraction", 1.0, "(0, 1]", "of each class's training images, drawn with the "
