@@ -35,7 +35,7 @@ IGNORED = 255    # in a mask: counts neither in training nor in a measure
 def build_segmentation(path, split, ignore_index=IGNORED):
     """Return images and masks of class indices at `path`.
 
-    path: "shapes" (paper, or not), "voc" (Pascal VOC 2012), or a folder with <split>/images/ and
+    path: "shapes" (which kind), "voc" (Pascal VOC 2012), or a folder with <split>/images/ and
     <split>/masks/, whose files have the same names but for the ending. ignore_index: what the masks
     call a pixel that does not count; here it becomes IGNORED. The data set has `classes`, their
     number, or None where it is not known without reading every mask. Raises UserError.
@@ -106,11 +106,11 @@ class ImagesWithMasks(Dataset):
 
 
 class ShapesWithMasks(Shapes):
-    """Shapes with masks in place of labels: 1 where the paper is."""
+    """Shapes with masks in place of labels: 0 the ground, 1 to 10 a kind."""
 
     def __init__(self, split):
         super().__init__(split)
-        self.classes = 2
+        self.classes += 1
 
     def mask(self, index):
         return self.draw(index)[1].to(torch.uint8)
