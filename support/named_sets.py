@@ -142,13 +142,16 @@ SHAPES = {
 class Shapes(Dataset):
     """Images of a blob of paper, printed with one kind of shape all over: the label.
 
-    All else is drawn at random for each image, independent of the label: the paper's outline and
-    place, the print's scale and angle, the color of every single shape, light and noise. Every
-    image has the same mean color. Deterministic by split and index; nothing is stored.
+    Each kind leans to a hue of its own, which varies from image to image and tints paper and ink,
+    as the photographs of a class have colors in common. All else is drawn at random for each image,
+    independent of the label: the ground's color, the paper's outline, place and lightness, the
+    print's scale, angle and strength, the color of every single shape, and noise. Every image has
+    the same mean brightness. Deterministic by split and index. Nothing is stored.
     """
 
     SIZE = 64
-    LENGTH = {"train": 10_000, "val": 1_000}
+    LENGTH = {"train": 5_000, "val": 1_000}
+    HUE_DEVIATION = 0.12    # of an image from the hue of its kind, in turns
 
     def __init__(self, split):
         self.split, self.classes = split, len(SHAPES)
@@ -161,8 +164,8 @@ class Shapes(Dataset):
         return self.draw(index)[0], int(self.labels[index])
 
     def draw(self, index):
-        """Return the image, uint8 (3, H, W), and where the paper is, bool (H, W)."""
-        kind = list(SHAPES)[int(self.labels[index])]
+        """Return the image, uint8 (3, H, W), and its mask, int32 (H, W): 0 ground, 1 + label."""
+        label = int(self.labels[index])
         rng = np.random.default_rng((list(self.LENGTH).index(self.split), index))
         y, x = np.mgrid[0 : self.SIZE, 0 : self.SIZE].astype(np.float32) / self.SIZE - 0.5
 
@@ -179,10 +182,17 @@ class Shapes(Dataset):
         a = (np.cos(turn) * x + np.sin(turn) * y) * cells + rng.uniform()
         b = (np.cos(turn) * y - np.sin(turn) * x) * cells + rng.uniform()
         row, column = np.round(a).astype(int), np.round(b).astype(int)
-        distance = SHAPES[kind](a - row, b - column) * self.SIZE / cells    # in pixels
-        ink = rng.uniform(-0.7, -0.2, (3, 16, 16))[:, row % 16, column % 16]    # a color a cell
+        shape = list(SHAPES.values())[label]
+        distance = shape(a - row, b - column) * self.SIZE / cells    # in pixels
+        ink = rng.uniform(-0.7, -0.2, (3, 256))    # a color a cell
+        ink = ink.astype(np.float32).take(row % 16 * 16 + column % 16, axis=1)
 
-        image = np.where(paper, ink * np.clip(0.5 - distance, 0, 1), rng.uniform(-0.4, 0))
-        image += rng.normal(0, 0.03, ink.shape)
-        image += (0.5 - image.mean(axis=(1, 2)))[:, None, None]    # or much ink would make it dark
-        return torch.from_numpy((255 * image.clip(0, 1)).astype(np.uint8)), torch.from_numpy(paper)
+        hue = label / len(SHAPES) + rng.normal(0, self.HUE_DEVIATION)
+        tint = 0.15 * np.cos(2 * np.pi * (hue - np.arange(3) / 3))    # of red, green, blue
+        ink = rng.uniform(0.4, 1.2) * ink * np.clip(0.5 - distance, 0, 1)
+        printed = tint[:, None, None] + rng.uniform(-0.2, 0.2) + ink
+        image = np.where(paper, printed, rng.uniform(-0.5, 0.1, (3, 1, 1)))
+        image += 0.03 * rng.standard_normal(image.shape, np.float32)
+        image += 0.5 - image.mean()
+        image = torch.from_numpy((255 * image.clip(0, 1)).astype(np.uint8))
+        return image, torch.from_numpy(np.where(paper, label + 1, 0).astype(np.int32))

@@ -80,10 +80,11 @@ def test_shapes_are_deterministic_balanced_and_lie_on_paper():
     assert image.shape == (3, 64, 64) and image.dtype == torch.uint8 and label == 3
     assert torch.equal(image, build_dataset("shapes", "train")[13][0])
     assert not torch.equal(image, val[13][0]) and not torch.equal(image, shapes[23][0])
-    assert shapes.labels.bincount().tolist() == [1000] * 10
-    for i in range(10):    # what is printed is on the paper
-        image, paper = shapes.draw(i)
-        gray = image.float().mean(dim=0)
+    assert shapes.labels.bincount().tolist() == [500] * 10
+    for i in range(10):    # what is printed is on the paper, and the mask says which kind it is
+        image, mask = shapes.draw(i)
+        assert mask.unique().tolist() == [0, 1 + i]
+        gray, paper = image.float().mean(dim=0), mask > 0
         edges = (gray - gray.roll(1, dims=0)).abs() + (gray - gray.roll(1, dims=1)).abs()
         assert 0.1 < paper.float().mean() < 0.95
         assert edges[paper].mean() > 1.5 * edges[~paper].mean()

@@ -52,11 +52,11 @@ def test_a_folder_gives_images_and_masks(tmp_path):
     assert count_classes(build_segmentation(tmp_path, "train")) == 10    # where 9 is a class
 
 
-def test_shapes_have_their_paper_as_mask():
+def test_shapes_have_their_kind_as_mask():
     images = build_segmentation("shapes", "val")
-    image, paper = Shapes("val").draw(7)
-    assert torch.equal(images[7][0], image) and torch.equal(images[7][1].bool(), paper)
-    assert len(images) == 1000 and count_classes(images) == 2
+    image, mask = Shapes("val").draw(7)
+    assert torch.equal(images[7][0], image) and torch.equal(images[7][1], mask.to(torch.uint8))
+    assert len(images) == 1000 and count_classes(images) == 11
 
 
 def test_voc_by_name(tmp_path, monkeypatch):
