@@ -1,4 +1,4 @@
-"""How far something is: a bar on a terminal, a line now and then where there is none."""
+"""Show how far something is: a bar on a terminal, a line now and then where there is none."""
 
 import sys
 import time
@@ -6,20 +6,25 @@ import time
 from tqdm import tqdm
 
 
-def progress(items, what, every=10.0, show=True):
-    """Yield each of `items`, which have a length, and say how many are done.
+def say(text, file=None):
+    """Print a line above any bar, at once: into a file, too, which Python would buffer."""
+    tqdm.write(text, file)
+    (file or sys.stdout).flush()
 
-    every: seconds between two lines. show: False in all processes but the first.
+
+def progress(items, what, show=True, every=10.0):
+    """Yield each of `items`, which have a length, and show how many are done.
+
+    show: False in all processes but the first. every: seconds between two lines.
     """
-    terminal = sys.stderr.isatty()
-    if not show or terminal:
+    if not show or sys.stderr.isatty():
         yield from tqdm(items, what, disable=not show, leave=False, dynamic_ncols=True)
         return
-    tqdm.write(f"{what} ...")
+    say(f"{what} ...")
     start = said = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if now - said > every:
+        if now - said >= every:
             said = now
-            tqdm.write(f"{what}: {100 * done // len(items)} % after {now - start:.0f} s")
+            say(f"{what}: {100 * done // len(items)} % after {now - start:.0f} s")
         yield item

@@ -37,6 +37,7 @@ from support.checkpoint import find_checkpoint, restore, save
 from support.distributed import average_over_processes
 from support.errors import UserError
 from support.inputs import evaluation_crop
+from support.progress import say
 
 TERMS = ("loss", "L_I", "L_p", "L_c")
 
@@ -137,7 +138,7 @@ class Run:
     def say(self, text):
         """Print a line, in the first process, above the progress bar."""
         if self.is_main:
-            tqdm.write(text)
+            say(text)
 
     # --- signals ----------------------------------------------------------------------------------
 
@@ -183,7 +184,7 @@ class Run:
         """Print a line about an image that can't be read, once in a run and process."""
         if line not in self.named:
             self.named.add(line)
-            tqdm.write(line, file=sys.stderr)
+            say(line, sys.stderr)
 
     def add(self, losses):
         """Note the losses of a step, (TERMS,), without waiting for the device."""

@@ -22,6 +22,7 @@ import train
 from model import build_encoder
 from support.optim import cosine_schedule
 from support.options import parse_train_args
+from support.progress import progress
 from support.run import TERMS
 from support.weights import load_encoder
 
@@ -101,6 +102,14 @@ def test_without_a_terminal_losses_are_lines(folder, tmp_path, capsys):
     assert [line.split(",")[0] for line in lines] == ["step 2/3", "step 3/3"]    # and the last
     for line, (_, _, L_p, L_c) in zip(lines, logged.values()):
         assert f"L_p {L_p:.3f}, L_c {L_c:.3f}" in line
+
+
+def test_without_a_terminal_progress_is_lines(capsys):
+    assert list(progress(range(4), "features", every=0)) == [0, 1, 2, 3]
+    said = capsys.readouterr().out
+    assert "features ..." in said and "features: 75 %" in said
+    assert list(progress(range(4), "features", show=False)) == [0, 1, 2, 3]
+    assert capsys.readouterr().out == ""
 
 
 def test_unreadable_images_are_named_and_counted_in_the_log(tmp_path, capsys):
