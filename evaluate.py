@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from data import build_dataset, labeled
 from model import ARCHITECTURES
@@ -34,6 +33,7 @@ from support.errors import UserError
 from support.fit import Augmented, TrainingBatches, fit, resumable
 from support.inputs import autocast, share_loader, to_input
 from support.options import parse_evaluate_args
+from support.progress import progress
 from support.weights import requested_encoder
 
 # --- k-nearest neighbors --------------------------------------------------------------------------
@@ -41,20 +41,19 @@ from support.weights import requested_encoder
 
 @torch.no_grad()
 def extract_features(encoder, images, indices, size, device, batch_size=128, num_workers=0,
-                     progress=None, stop_asked=None):
+                     what="features", stop_asked=None):
     """Return class tokens after the final norm (N, C), and labels (N,), on device.
 
-    indices: of the N images. Each process computes its share and receives all. stop_asked is asked
-    between batches, by all processes together; once it says True, the result is None. Raises
-    UserError for a bad image.
+    indices: of the N images. Each process computes its share and receives all. what: said of it
+    while it runs. stop_asked is asked between batches, by all processes together; once it says
+    True, the result is None. Raises UserError for a bad image.
     """
     rank, processes = world()
     loader = share_loader(images, indices, size, device, batch_size, num_workers)
     features = torch.zeros(len(indices), encoder.dim, device=device)
     labels = torch.zeros(len(indices), dtype=torch.long, device=device)
     in_common = len(indices) // processes // batch_size    # batches that every process has
-    bar = tqdm(loader, desc=progress, disable=None if rank == 0 else True, leave=False)
-    for i, (x, y) in enumerate(bar):
+    for i, (x, y) in enumerate(progress(loader, what, rank == 0)):
         if stop_asked and i < in_common and stop_asked():
             return None
         first = rank + i * batch_size * processes
@@ -105,9 +104,9 @@ def knn_accuracy(
         chosen = chosen[torch.linspace(0, len(chosen) - 1, most).long()]
     extracted = []
     for images, indices, name in ((train, chosen, "train"), (val, test, "val")):
-        progress = f"features of {name}"
+        what = f"features of {len(indices)} images of {name}"
         extracted.append(extract_features(
-            encoder, images, indices.tolist(), size, device, progress=progress, **options))
+            encoder, images, indices.tolist(), size, device, what=what, **options))
         if extracted[-1] is None:
             return None
     (features, labels), (test_features, test_labels) = extracted

@@ -178,6 +178,7 @@ class Training:
                             f"{self.effective_batch}; {lower if most else 'take fewer processes'}")
         torch.manual_seed(args.seed)
         self.student, self.teacher = (net.to(processes.device) for net in build_networks(args))
+        args.heads = self.student.backbone.heads    # as found
         self.network = self.student    # as it is called: in DDP, see distribute()
         self.embedding_loss = build_embedding_loss(args).to(processes.device)
         self.relation_loss, self.photometric = build_relation_loss(args), Photometric()
@@ -307,14 +308,13 @@ def train(args, training, run, images):
     """Train from the run's step to the last one, or until it is asked to stop."""
     run.begin()
     training.distribute()
-    last_step = min(run.steps, args.max_steps or run.steps)
     batches = run.watch(build_loader(args, images, training.processes, run.step))
     stopping, output = run.stop_asked(), None
-    while run.step < last_step and not stopping:
+    while run.step < run.last_step and not stopping:
         step, output = run.step, None    # free the previous step's outputs first
         output = training.step(step, batches)
         run.add(output.losses)
-        stopping, ends = run.stop_asked(), run.step == last_step
+        stopping, ends = run.stop_asked(), run.step == run.last_step
         epoch_ends = run.step % training.steps_per_epoch == 0
         if step == 0:
             run.draw_views(output.views, output.boxes)

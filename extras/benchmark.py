@@ -22,13 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import train
 from data import build_dataset
 from support.distributed import Processes, configure
 from support.errors import UserError
 from support.options import COUNT, SIZE, flag, parse_train_args, switch
+from support.progress import progress
 from support.run import device_name
 
 PARTS = ("views", "teacher", "student", "losses", "backward", "update")
@@ -41,13 +41,13 @@ def build(args, processes, images, **changes):
     return training, next(iter(train.build_loader(args, images, processes)))[0]
 
 
-def seconds_of(training, batch, steps):
-    """Return the seconds a step takes, the mean of some; a GPU is waited for."""
+def seconds_of(training, batch, steps, what=None):
+    """Return the seconds a step takes, the mean of some; show `what` they are for, if given."""
     cuda = training.processes.device.type == "cuda"
-    synchronize = torch.cuda.synchronize if cuda else lambda: None
+    synchronize = torch.cuda.synchronize if cuda else lambda: None    # wait for the GPU
     synchronize()
     start = time.perf_counter()
-    for step in range(steps):
+    for step in progress(range(steps), what, what and training.processes.rank == 0):
         losses = training.step(step % len(training.lr), itertools.repeat(batch)).losses
     synchronize()
     seconds = (time.perf_counter() - start) / steps
@@ -99,8 +99,8 @@ def time_step(args, processes):
     training, batch = build(args, processes, images)
     flops, rate = count_flops(training, batch), matmul_rate(device, training.dtype)
     training.distribute()
-    seconds_of(training, batch, args.warmup_steps)
-    seconds = seconds_of(training, batch, args.steps)
+    seconds_of(training, batch, args.warmup_steps, "compiling" if args.compile else "warming up")
+    seconds = seconds_of(training, batch, args.steps, "steps")
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     parts, batch_size = time_parts(training, batch, min(args.steps, 10)), training.effective_batch
     say(f"{args.recipe}: {args.arch}/{args.patch_size}, batch {batch_size}, {processes.size} "
@@ -128,7 +128,7 @@ def time_sere(args, processes, images, training, batch):
     plain.distribute()
     steps = 10 if processes.device.type == "cuda" else 1    # a GPU is waited for after each turn
     with_sere, added = [], []
-    for turn in tqdm(range(-2, args.turns), "turns", disable=None):    # the first two warm up
+    for turn in progress(range(-2, args.turns), "turns", processes.rank == 0):    # 2 warm up
         order = (training, plain) if turn % 2 else (plain, training)    # neither always first
         ms = {which: 1e3 * seconds_of(which, batch, steps) for which in order}
         if turn >= 0:
@@ -161,7 +161,7 @@ def time_loader(args, processes, rounds=5, most=100):
     work = {"pillow": bare, "loader": lambda index: loader.collate_fn([loader.dataset[0, index]])}
     ms = {name: [np.inf] * len(chosen) for name in work}
     torch.set_num_threads(1)    # as in a worker
-    for _ in tqdm(range(rounds), "rounds", disable=None):
+    for _ in progress(range(rounds), "rounds"):
         for i, index in enumerate(chosen):
             for name, function in work.items():    # in turns: what disturbs one disturbs the other
                 start = time.perf_counter()

@@ -7,10 +7,12 @@ and `run.end_epoch(...)` when they are due, and `run.stop_asked()`.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -28,23 +30,33 @@ from augment import normalize
 from baselines import entropy
 from data import Readable, labeled
 from evaluate import knn_accuracy
+from model import ARCHITECTURES
 from relations import spatial_relation
 from sampler import overlap
-from support.checkpoint import find_checkpoint, save
+from support.checkpoint import find_checkpoint, restore, save
 from support.distributed import average_over_processes
 from support.errors import UserError
 from support.inputs import evaluation_crop
+from support.progress import say
 
 TERMS = ("loss", "L_I", "L_p", "L_c")
 
 # A run may be resumed with other values of these.
 NOT_TRAINING = {
-    "output_dir", "overwrite", "num_workers", "max_steps", "checkpoint_steps", "knn_every",
-    "log_every", "compile", "deterministic", "tensorboard",
+    "output_dir", "overwrite", "num_workers", "max_steps", "checkpoint_steps",
+    "knn_every", "log_every", "compile", "deterministic", "tensorboard",
+    "data_path", "classes", "label_depth",    # but the same images
 }
 
-LOWER_LR = ("Nothing was saved since the last checkpoint, which is whole. Try a lower --lr, a "
-            "longer --warmup_epochs, or --precision bf16 or fp32")
+LOWER_LR = "Try a lower --lr, a longer --warmup_epochs, or --precision bf16 or fp32"
+
+
+def digest(state):
+    """Return a short hash of the tensors in a state dict."""
+    content = hashlib.sha256()
+    for value in state.values():
+        content.update(value.cpu().numpy().tobytes())
+    return content.hexdigest()[:12]
 
 
 def device_name(device):
@@ -65,36 +77,52 @@ class Run:
         self.args, self.processes, self.training = args, processes, training
         self.images, self.val = images, val
         self.folder, self.is_main = Path(args.output_dir), processes.rank == 0
-        self.arguments = {name: value for name, value in vars(args).items()
-                          if name not in NOT_TRAINING}
-        self.arguments |= {"processes": processes.size, "images": len(images)}
+        self.steps = args.epochs * training.steps_per_epoch    # of the schedules
+        self.last_step = min(self.steps, args.max_steps or self.steps)    # of this command
         self.step, self.history = 0, []
-        self.sums = [0.0] * len(TERMS)    # over the epoch so far
-        self.requests = []
+        self.sums = dict.fromkeys(TERMS, 0.0)    # over the epoch so far
+        self.requests, self.unreadable, self.named = [], 0, set()
+        self.arguments = self.compared()
+        board = summary_writer() if args.tensorboard and self.is_main else None
         self.resume()
-        if self.is_main:
+        if self.is_main:    # from here on files are deleted and written
+            if args.overwrite:
+                self.delete()
             self.write_arguments()
-            self.lines = Log(self.folder / "log.jsonl", self.step, args.tensorboard)
-        self.steps = args.epochs * training.steps_per_epoch
-        self.bar = tqdm(total=self.steps, initial=self.step, disable=None if self.is_main else True,
-                        unit="step", dynamic_ncols=True)
-        self.unreadable = 0
+            self.lines = Log(self.folder / "log.jsonl", self.step, board)
+        self.bar = tqdm(total=max(self.step, self.last_step), initial=self.step, unit="step",
+                        disable=None if self.is_main else True, dynamic_ncols=True)
         self.start_window()
 
+    def compared(self):
+        """Return the arguments that a run and its checkpoint must share.
+
+        Files stand in it by what is in them: they may have moved.
+        """
+        values = {name: value for name, value in vars(self.args).items()
+                  if name not in NOT_TRAINING}
+        values |= {"processes": self.processes.size, "images": len(self.images),
+                   "names of images": self.images.identity}
+        if self.args.init_from:
+            values["init_from"] = digest(self.training.student.backbone.state_dict())
+        return values
+
     def resume(self):
-        """Take the state of the checkpoint in the folder; or delete it, if asked."""
-        if self.args.overwrite:
-            if self.is_main:
-                for name in ("checkpoint.pth", "backbone.pth", "views.png", "attention.png"):
-                    (self.folder / name).unlink(missing_ok=True)
-                shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
-        elif checkpoint := find_checkpoint(self.folder / "checkpoint.pth", self.arguments):
-            for name, part in self.training.parts().items():
-                part.load_state_dict(checkpoint[name])
-            self.step, self.sums = checkpoint["step"], checkpoint["sums"]
+        """Take the state of the checkpoint in the folder, unless it is to be deleted."""
+        path = self.folder / "checkpoint.pth"
+        checkpoint = None if self.args.overwrite else find_checkpoint(path, self.arguments)
+        if checkpoint:
+            parts = self.training.parts() | {"sums": self.sums}
+            self.step = restore(parts, checkpoint, path, "step", self.steps)
         if self.processes.sum(self.step) != self.step * self.processes.size:
             raise UserError(f"the processes found different checkpoints in {self.folder}/; it must "
                             "be one folder for all machines")
+
+    def delete(self):
+        """Delete the run in the folder."""
+        for name in ("checkpoint.pth", "backbone.pth", "views.png", "attention.png"):
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
 
     def write_arguments(self):
         """Write args.json: all arguments, and what they became here."""
@@ -110,7 +138,7 @@ class Run:
     def say(self, text):
         """Print a line, in the first process, above the progress bar."""
         if self.is_main:
-            tqdm.write(text)
+            say(text)
 
     # --- signals ----------------------------------------------------------------------------------
 
@@ -119,8 +147,7 @@ class Run:
         def note(number, frame):
             self.requests.append(number)
             sys.stderr.write("\nstopping after this step, with a checkpoint; again: at once\n")
-            ctrl_c = number == signal.SIGINT
-            signal.signal(number, signal.default_int_handler if ctrl_c else signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL)    # which ends it even where Python waits
 
         numbers = (signal.SIGINT, signal.SIGTERM)
         self.handlers = {number: signal.signal(number, note) for number in numbers}
@@ -150,8 +177,14 @@ class Run:
             self.waited += time.perf_counter() - asked
             for complaint in "\n".join(filter(None, complaints)).splitlines():
                 self.unreadable += 1
-                tqdm.write(complaint, file=sys.stderr)
+                self.complain(complaint)
             yield batch
+
+    def complain(self, line):
+        """Print a line about an image that can't be read, once in a run and process."""
+        if line not in self.named:
+            self.named.add(line)
+            say(line, sys.stderr)
 
     def add(self, losses):
         """Note the losses of a step, (TERMS,), without waiting for the device."""
@@ -169,10 +202,16 @@ class Run:
             for step, row in enumerate(values, start=self.step - len(values) + 1):
                 terms = zip(TERMS, row)
                 if faults := [f"{name} is {x}" for name, x in terms if not math.isfinite(x)]:
-                    raise UserError(f"{', '.join(faults)} in step {step}. {LOWER_LR}")
-            self.sums = [total + sum(column) for total, column in zip(self.sums, zip(*values))]
+                    raise UserError(f"{', '.join(faults)} in step {step}. {self.kept()}")
+            for name, column in zip(TERMS, zip(*values)):
+                self.sums[name] += sum(column)
             self.history, self.last = [], dict(zip(TERMS, values[-1]))
         return self.last
+
+    def kept(self):
+        """Say what there is to go on from, and how, after numbers that are not finite."""
+        saved = (self.folder / "checkpoint.pth").exists()
+        return f"{'The last checkpoint is whole' if saved else 'Nothing was saved'}. {LOWER_LR}"
 
     def log(self, output):
         """Write a line about the last step, whose train.StepOutput is given, and show it."""
@@ -189,14 +228,21 @@ class Run:
                 peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
                 unreadable=unreadable,
             )
-        shown = {name: f"{value:.3f}" for name, value in losses.items()}
-        shown["images/s"] = f"{images_per_s:.0f}"
+        self.show(losses, lr, images_per_s)
+        self.unreadable = 0
+        self.start_window()
+
+    def show(self, losses, lr, images_per_s):
+        """Show where the run is, in the bar, or in a line where there is no terminal."""
+        args, epoch = self.args, self.step / self.training.steps_per_epoch
+        weights = {"L_I": args.li_weight, "L_p": args.alpha, "L_c": args.beta}
+        shown = {name: f"{value:.3f}" for name, value in losses.items() if weights.get(name, 1)}
+        shown |= {"lr": f"{lr:.2g}", "images/s": f"{images_per_s:.0f}"}
+        self.bar.set_description(f"epoch {epoch:.2f}/{args.epochs}", refresh=False)
         self.bar.set_postfix(shown)
         if self.bar.disable:    # no terminal
             listed = ", ".join(f"{name} {value}" for name, value in shown.items())
-            self.say(f"step {self.step}/{self.steps}: {listed}")
-        self.unreadable = 0
-        self.start_window()
+            self.say(f"step {self.step}/{self.last_step}, epoch {epoch:.2f}: {listed}")
 
     # --- checkpoints and epochs -------------------------------------------------------------------
 
@@ -208,7 +254,7 @@ class Run:
         faults = [name for name, norm in zip(names, norms) if not math.isfinite(norm)]
         if faults:    # a finite loss can have gradients that are not
             raise UserError(f"{len(faults)} parameters are not finite after step {self.step}, "
-                            f"{faults[0]} among them. {LOWER_LR}")
+                            f"{faults[0]} among them. {self.kept()}")
         if self.is_main:
             save(self.training.teacher.backbone.state_dict(), self.folder / "backbone.pth")
             state = {name: part.state_dict() for name, part in self.training.parts().items()}
@@ -223,15 +269,15 @@ class Run:
         it.
         """
         epoch = self.step // self.training.steps_per_epoch
-        means = [total / self.training.steps_per_epoch for total in self.sums]
-        values = dict(zip(TERMS, means)) if epoch else {}
+        steps = self.training.steps_per_epoch
+        values = {name: total / steps for name, total in self.sums.items()} if epoch else {}
         if self.val is not None and (epoch % self.args.knn_every == 0 or self.step == self.steps):
             values["kNN"] = self.knn(epoch)
             if values["kNN"] is None:    # stopped
                 return
         if self.is_main and values:
             self.lines.write(kind="epoch", step=self.step, epoch=epoch, **values)
-        self.sums = [0.0] * len(TERMS)
+        self.sums = dict.fromkeys(TERMS, 0.0)
         self.start_window()
 
     def describe(self):
@@ -245,30 +291,34 @@ class Run:
         self.say(f"{args.recipe}: {args.arch}/{args.patch_size}, L = {loss}")
         self.say(f"{len(self.images)} images of {args.data_path} ({labels})")
         self.say(f"{size} process(es) on {self.processes.device.type}, {args.precision}{compiled}")
-        self.say(f"{args.epochs} epochs of {self.training.steps_per_epoch} steps; effective batch "
-                 f"{self.training.effective_batch}, learning rate {self.training.top_lr:.2g}; "
-                 f"results go to {self.folder}/")
+        part = f", of which --max_steps does {self.last_step}" if args.max_steps else ""
+        self.say(f"{args.epochs} epochs of {self.training.steps_per_epoch} steps{part}; effective "
+                 f"batch {self.training.effective_batch}, learning rate "
+                 f"{self.training.top_lr:.2g}; results go to {self.folder}/")
 
     def begin(self):
         """Say what is trained or resumed, and write an epoch's line that is due."""
+        args = self.args
         self.describe()
         if self.step:
             finished = f"{self.folder}/ holds a finished run; for another use another --output_dir"
             self.say(f"going on after step {self.step}" if self.step < self.steps
                      else f"{finished}, or --overwrite")
-        if self.args.knn_every and self.val is None:
-            path = self.args.data_path
+        if args.knn_every and self.val is None:
+            path = args.data_path
             self.say(f"no kNN while training: it needs a folder a class in {path}/train and "
                      f"{path}/val")
         if self.step % self.training.steps_per_epoch == 0:
             if self.processes.sum(int(self.is_main and self.step not in self.lines.epochs)):
                 self.end_epoch()
-            self.sums = [0.0] * len(TERMS)
+            self.sums = dict.fromkeys(TERMS, 0.0)
+        if args.compile and self.step < self.last_step:
+            self.say("the first step compiles, which takes a minute or more")
 
     def knn(self, epoch):
         """Return the kNN accuracy of the teacher in %, or None where the run is to stop."""
         if epoch == 0:
-            self.say("kNN of the untrained encoder, to compare with; --knn_every 0 does without")
+            self.say("kNN before training, to compare with; --knn_every 0 does without")
         encoder, args = self.training.teacher.backbone, self.args
         accuracy = knn_accuracy(
             encoder.eval(), Readable(self.images), self.val, args.global_crops_size,
@@ -278,7 +328,8 @@ class Run:
         encoder.train()    # a ResNet's batch norms
         if accuracy is None:
             return None
-        self.say(f"epoch {epoch}: kNN {accuracy[20]:.1f} %" + ("" if epoch else " (untrained)"))
+        when = f"epoch {epoch}" if epoch else "before training"
+        self.say(f"{when}: kNN {accuracy[20]:.1f} %")
         return accuracy[20]
 
     # --- pictures ---------------------------------------------------------------------------------
@@ -314,15 +365,24 @@ class Run:
             return
         self.draw_attention()
         if self.step < self.steps:
-            self.say(f"stopped at step {self.step} of {self.steps}, as --max_steps "
-                     f"{self.args.max_steps} says; rerun with a larger one, or without, to go on")
+            beyond = "which is beyond" if self.step > self.last_step else "as"
+            self.say(f"stopped after step {self.step} of {self.steps}, {beyond} --max_steps "
+                     f"{self.args.max_steps}; rerun with a larger one, or without, to go on")
         elif len(labeled(self.images)):
-            heads = f" --heads {self.args.heads}" if self.args.heads else ""
-            depth = f" --label_depth {self.args.label_depth}" if self.args.label_depth else ""
-            self.say(f"done. What it is worth: python evaluate.py knn --pretrained_weights "
-                     f"{self.folder}/backbone.pth --data_path {self.args.data_path}{heads}{depth}")
+            self.say(f"done. What it is worth: {self.evaluation()}")
         else:
             self.say(f"done: {self.folder}/backbone.pth")
+
+    def evaluation(self):
+        """Return the command that measures the encoder by kNN."""
+        args, heads = self.args, self.training.teacher.backbone.heads
+        command = ["python", "evaluate.py", "knn", "--pretrained_weights",
+                   f"{self.folder}/backbone.pth", "--data_path", args.data_path]
+        if heads != ARCHITECTURES[args.arch]["heads"]:
+            command += ["--heads", str(heads)]
+        if args.label_depth:
+            command += ["--label_depth", str(args.label_depth)]
+        return shlex.join(command)
 
 
 @torch.no_grad()
@@ -348,24 +408,26 @@ def diagnostics(training, output, step):
     return values | training.embedding_loss.diagnostics(teacher.embedding, temp)
 
 
+def summary_writer():
+    """Return TensorBoard's SummaryWriter. Raises UserError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs it: pip install tensorboard") from error
+    return SummaryWriter
+
+
 class Log:
     """log.jsonl: a JSON object a line, of kind "step" or, with means over it, "epoch".
 
     Lines after `step`, of a run that was cut off later than its checkpoint, are removed, and so is
-    what is no such line. `epochs`: the steps at whose end an epoch has its line. tensorboard: write
-    the same to a folder of that name beside it. Raises UserError where TensorBoard is not
-    installed.
+    what is no such line. `epochs`: the steps at whose end an epoch has its line. board:
+    TensorBoard's SummaryWriter, to write the same to a folder `tensorboard` beside it, or None.
     """
 
-    def __init__(self, path, step, tensorboard=False):
-        self.board = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise UserError("--tensorboard needs it: pip install tensorboard") from error
-            purge = step + 1 if step else None
-            self.board = SummaryWriter(path.parent / "tensorboard", purge_step=purge)
+    def __init__(self, path, step, board=None):
+        purge = step + 1 if step else None
+        self.board = board and board(path.parent / "tensorboard", purge_step=purge)
         kept, self.epochs = [], set()
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             with contextlib.suppress(ValueError, TypeError, KeyError):    # cut short by a kill

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import re
 import shutil
 import signal
@@ -21,6 +22,7 @@ import train
 from model import build_encoder
 from support.optim import cosine_schedule
 from support.options import parse_train_args
+from support.progress import progress
 from support.run import TERMS
 from support.weights import load_encoder
 
@@ -61,7 +63,7 @@ def begun(one_epoch, tmp_path):
 
 def test_a_run_writes_its_arguments_its_log_its_weights_and_pictures(uninterrupted):
     pictures = {"views.png", "attention.png"}
-    files = pictures | {"args.json", "log.jsonl", "checkpoint.pth", "backbone.pth"}
+    files = pictures | {"args.json", "log.jsonl", "checkpoint.pth", "backbone.pth", ".lock"}
     assert {path.name for path in uninterrupted.iterdir()} == files
     assert all(np.asarray(Image.open(uninterrupted / name)).std() > 0 for name in pictures)
     written = json.loads((uninterrupted / "args.json").read_text())
@@ -97,9 +99,17 @@ def test_without_a_terminal_losses_are_lines(folder, tmp_path, capsys):
     run(folder, tmp_path, "--max_steps", 3, "--log_every", 2, "--knn_every", 0)
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step ")]
     logged = log_of(tmp_path)[0]
-    assert [line.split(":")[0] for line in lines] == ["step 2/12", "step 3/12"]    # and the last
+    assert [line.split(",")[0] for line in lines] == ["step 2/3", "step 3/3"]    # and the last
     for line, (_, _, L_p, L_c) in zip(lines, logged.values()):
         assert f"L_p {L_p:.3f}, L_c {L_c:.3f}" in line
+
+
+def test_without_a_terminal_progress_is_lines(capsys):
+    assert list(progress(range(4), "features", every=0)) == [0, 1, 2, 3]
+    said = capsys.readouterr().out
+    assert "features ..." in said and "features: 75 %" in said
+    assert list(progress(range(4), "features", show=False)) == [0, 1, 2, 3]
+    assert capsys.readouterr().out == ""
 
 
 def test_unreadable_images_are_named_and_counted_in_the_log(tmp_path, capsys):
@@ -107,7 +117,7 @@ def test_unreadable_images_are_named_and_counted_in_the_log(tmp_path, capsys):
     (folder / "train/class0/!text.jpg").write_text("not an image")
     run(folder, tmp_path / "run", "--epochs", 2, "--batch_size_per_gpu", 17, "--knn_every", 0)
     assert [line.get("unreadable") for line in lines_of(tmp_path / "run")] == [1, None, 1, None]
-    assert "!text.jpg" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("!text.jpg can't") == 1    # once in a run
 
 
 def test_images_without_labels_train_without_knn(folder, tmp_path):
@@ -115,7 +125,7 @@ def test_images_without_labels_train_without_knn(folder, tmp_path):
     assert log_of(tmp_path)[1] == {} and len(log_of(tmp_path)[0]) == 4
 
 
-def test_tensorboard_gets_what_the_log_has(folder, tmp_path, capsys, monkeypatch):
+def test_tensorboard_gets_what_the_log_has(folder, tmp_path, monkeypatch):
     scalars, others = [], set()
 
     class SummaryWriter:    # a stand-in, as the package need not be here
@@ -142,9 +152,6 @@ def test_tensorboard_gets_what_the_log_has(folder, tmp_path, capsys, monkeypatch
         ("views", 1, 3), ("attention", 4, 3), ("attention", 8, 3),    # in color
         (tmp_path / "tensorboard", None), (tmp_path / "tensorboard", 5)}    # void from there on
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)    # not installed
-    assert "pip install" in one_line(capsys, run, folder, tmp_path / "other", "--tensorboard")
-
 
 # --- resuming -------------------------------------------------------------------------------------
 
@@ -167,37 +174,100 @@ def test_resuming_in_mid_epoch_changes_nothing(folder, uninterrupted, tmp_path, 
 
 
 def edit(change):
-    """Return a function of a checkpoint's path that changes the arguments in it."""
+    """Return a function of a checkpoint's path that changes the dict in it."""
     def spoil(path):
         checkpoint = load(path)
-        change(checkpoint["arguments"])
+        change(checkpoint)
         torch.save(checkpoint, path)
     return spoil
+
+
+def edit_arguments(**values):
+    return edit(lambda checkpoint: checkpoint["arguments"].update(values))
+
+
+def refused(folder, begun, capsys, *flags):
+    """Return the line of a run that goes on from nothing and changes no file."""
+    files = [path for path in begun.iterdir() if path.is_file()]
+    before = [path.read_bytes() for path in files]
+    line = one_line(capsys, run, folder, begun, *flags)
+    assert before == [path.read_bytes() for path in files]
+    return line
 
 
 @pytest.mark.parametrize("spoil, flags, words", [
     (None, "--recipe mocov3", "dino, not mocov3"),
     (None, "--alpha 0.5 --local_crops_number 1 --log_every 5",
      "arguments: alpha was 1.0, is 0.5; local_crops_number was 2, is 1;"),
-    (edit(lambda arguments: arguments.update(images=15)), "", "images was 15, is 16"),
-    (edit(lambda arguments: arguments.update(processes=2)), "", "processes was 2, is 1"),
-    (edit(lambda arguments: arguments.pop("baseline")), "", "another version"),
-    (lambda path: path.write_bytes(b""), "", "damaged"),
-    (lambda path: path.write_bytes(b"text"), "", "damaged"),
-    (lambda path: path.write_bytes(path.read_bytes()[:1000]), "", "damaged"),
+    (None, "--epochs 4", "epochs was 3, is 4 (which changes the schedules)"),
+    (edit_arguments(images=15), "", "images was 15, is 16"),
+    (edit_arguments(processes=2), "", "processes was 2, is 1 (which changes"),
+    (edit_arguments(**{"names of images": "others"}), "", "names of images was others, is"),
 ])
-def test_a_run_goes_on_from_its_own_checkpoint_only(spoil, flags, words, folder, begun, capsys):
+def test_a_run_with_other_arguments_is_refused(spoil, flags, words, folder, begun, capsys):
     if spoil:
         spoil(begun / "checkpoint.pth")
-    before = {path: path.read_bytes() for path in begun.iterdir()}
-    assert words in one_line(capsys, run, folder, begun, *flags.split())
-    assert before == {path: path.read_bytes() for path in begun.iterdir()}
+    line = refused(folder, begun, capsys, *flags.split())
+    assert words in line and "another --output_dir, or --overwrite" in line
 
 
-def test_overwrite_starts_anew_but_a_slip_of_the_pen_deletes_nothing(folder, begun, capsys):
-    before = (begun / "checkpoint.pth").read_bytes()
-    one_line(capsys, run, "nowhere", begun, "--overwrite")
-    assert (begun / "checkpoint.pth").read_bytes() == before
+def cut_average(checkpoint):
+    checkpoint["optimizer"]["state"][0]["exp_avg"] = torch.zeros(7)
+
+
+def cut_norm(checkpoint):
+    checkpoint["student"]["backbone.norm.bias"] = torch.zeros(7)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda path: path.write_bytes(b""), "damaged"),
+    (lambda path: path.write_bytes(b"text"), "damaged"),
+    (lambda path: path.write_bytes(path.read_bytes()[:1000]), "damaged"),
+    (lambda path: path.unlink() or path.mkdir(), "Is a directory"),
+    (lambda path: torch.save({"model": torch.nn.Linear(2, 2)}, path), "not a checkpoint of this"),
+    (lambda path: torch.save({"state_dict": {}, "epoch": 3}, path), "not a checkpoint of this"),
+    (lambda path: torch.save([1], path), "not a checkpoint of this"),
+    (edit(lambda checkpoint: checkpoint["arguments"].pop("baseline")), "baseline"),
+    (edit(lambda checkpoint: checkpoint.pop("teacher")), "teacher is missing"),
+    (edit(lambda checkpoint: checkpoint["student"].pop("backbone.cls_token")), "cls_token"),
+    (edit(lambda checkpoint: checkpoint["student"].update(new=torch.zeros(1))), "new"),
+    (edit(cut_norm), "(7,)"),
+    (edit(lambda checkpoint: checkpoint.update(optimizer=[])), "optimizer"),
+    (edit(lambda checkpoint: checkpoint["optimizer"].update(param_groups=[])), "groups"),
+    (edit(cut_average), "(7,)"),
+    (edit(lambda checkpoint: checkpoint["sums"].update(L_p=None)), "L_p is NoneType"),
+    (edit(lambda checkpoint: checkpoint.update(step=10**9)), "step is 1000000000"),
+    (edit(lambda checkpoint: checkpoint.update(step="4")), "step"),
+])
+def test_what_is_no_checkpoint_of_the_run_is_not_offered_for_deletion(
+        spoil, words, folder, begun, capsys):
+    spoil(begun / "checkpoint.pth")
+    line = refused(folder, begun, capsys)
+    assert words in line and "--output_dir" in line and "--overwrite" not in line
+
+
+def test_a_run_goes_on_where_its_files_have_moved(folder, uninterrupted, begun, tmp_path, capsys):
+    run(shutil.copytree(folder, tmp_path / "moved"), begun)
+    assert_same_run(begun, uninterrupted)
+
+    first, second, other = (tmp_path / name for name in ("1.pth", "2.pth", "3.pth"))
+    for path in (first, other):
+        torch.save(build_encoder("vit_nano", 32, 8).state_dict(), path)
+    shutil.copy(first, second)
+    options = ["--knn_every", 0, "--max_steps"]
+    run(folder, tmp_path / "run", "--init_from", first, *options, 1)
+    assert "init_from was" in one_line(
+        capsys, run, folder, tmp_path / "run", "--init_from", other, *options, 2)
+    run(folder, tmp_path / "run", "--init_from", second, *options, 2)
+    assert list(log_of(tmp_path / "run")[0]) == [1, 2]
+
+
+def test_overwrite_starts_anew_but_a_slip_of_the_pen_deletes_nothing(
+        folder, begun, capsys, monkeypatch):
+    refused("nowhere", begun, capsys, "--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)    # not installed
+        assert "pip install" in refused(folder, begun, capsys, "--overwrite", "--tensorboard")
     run(folder, begun, "--overwrite", "--alpha", 0.5, "--max_steps", 1)
     assert load(begun / "checkpoint.pth")["step"] == 1 and list(log_of(begun)[0]) == [1]
 
@@ -260,12 +330,15 @@ def test_a_signal_saves_and_the_same_command_resumes(
     assert_same_run(tmp_path, uninterrupted)
 
 
-def test_a_second_ctrl_c_stops_at_once(folder, begun, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_process_at_once(number, folder, begun, monkeypatch, capfd):
     before = (begun / "checkpoint.pth").read_bytes()
-    interrupt(monkeypatch, 2, signal.SIGINT, signal.SIGINT)
-    with pytest.raises(SystemExit) as stopped:
-        run(folder, begun)
-    assert stopped.value.code == 130 and (begun / "checkpoint.pth").read_bytes() == before
+    interrupt(monkeypatch, 2, number, number)
+    process = multiprocessing.get_context("fork").Process(target=run, args=(folder, begun))
+    process.start()
+    process.join()
+    assert process.exitcode == -number and "Traceback" not in capfd.readouterr().err
+    assert (begun / "checkpoint.pth").read_bytes() == before
 
 
 def test_a_signal_during_knn_stops_it(folder, uninterrupted, tmp_path, monkeypatch):
@@ -314,12 +387,19 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(folder, uninterrupted,
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))    # of any file
     try:
-        assert "whole" in one_line(capsys, run, folder, begun)
+        line = one_line(capsys, run, folder, begun)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "whole" in line and "File too large" in line and "enforce" not in line
     assert (begun / "checkpoint.pth").read_bytes() == before and not list(begun.glob("*.part"))
     run(folder, begun)
     assert_same_run(begun, uninterrupted)
+
+
+def test_what_can_not_be_written_is_one_line(folder, tmp_path, capsys):
+    (tmp_path / "views.png").symlink_to("/dev/full")
+    assert "No space left" in one_line(capsys, run, folder, tmp_path, "--knn_every", 0)
+    assert "--output_dir" in one_line(capsys, run, folder, tmp_path / "views.png")    # no folder
 
 
 def spoil_losses(monkeypatch):
@@ -349,7 +429,8 @@ def test_what_is_not_finite_is_named_and_not_saved(
     spoil(monkeypatch)
     with pytest.raises(SystemExit) as stopped:
         run(folder, begun, "--log_every", 100)
-    assert stopped.value.code == 1 and re.search(words, capsys.readouterr().err.splitlines()[-1])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 1 and re.search(f"{words}.*whole", line)
     assert [path.read_bytes() for path in saved] == before
 
 
