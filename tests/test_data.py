@@ -1,6 +1,8 @@
 """data.py: folders, files and torchvision's data sets. (Batches of them are in test_sere.py.)"""
 
+import importlib.util
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -299,3 +301,57 @@ def test_torchvisions_sets_go_by_name(name, kind, train_split, val_split, monkey
     assert image.shape == (3, 32, 32) and image[0, 0, 0] == 10 and label == 2
     with pytest.raises(UserError, match=f"{name} .*no route to host"):
         build_dataset(name, "train")
+
+
+def inaturalist(root):
+    """Write four images in iNaturalist's layout and JSON, two of each split; return the folder."""
+    folder = root / "data/inat2019"
+    lay_out(folder / "train_val2019", "Plants/1/a.jpg Plants/2/b.jpg Birds/0/c.jpg Birds/0/d.jpg")
+    for split, files in (("train", ("Plants/2/b", "Birds/0/c")), ("val", ("Plants/1/a",))):
+        names = [f"train_val2019/{file}.jpg" for file in files]
+        (folder / f"{split}2019.json").write_text(json.dumps({
+            "categories": [{"id": i} for i in range(3)],
+            "images": [{"id": 7 + i, "file_name": name} for i, name in enumerate(names)],
+            "annotations": [{"image_id": 7 + i, "category_id": int(name.split("/")[2])}
+                            for i, name in reversed(list(enumerate(names)))],
+        }))
+    return folder
+
+
+def test_inaturalists_labels_are_those_of_its_json(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = inaturalist(tmp_path)
+    train, val = build_dataset("inat2019", "train"), build_dataset("inat2019", "val")
+    assert train.labels.tolist() == [2, 0] and val.labels.tolist() == [1]
+    assert train.classes == val.classes == 3 and train.identity != val.identity
+    assert train[0][1] == 2 and train.path(0).endswith("Plants/2/b.jpg")
+    for text in ("{}", "no JSON", (folder / "val2019.json").read_text().replace(": 1", ": 3")):
+        (folder / "val2019.json").write_text(text)
+        with pytest.raises(UserError, match="val2019.json"):
+            build_dataset("inat2019", "val")
+    (folder / "val2019.json").unlink()
+    with pytest.raises(UserError, match="train_val2019/"):
+        build_dataset("inat2019", "val")
+
+
+@pytest.mark.parametrize("name", ["flowers102", "stanfordcars"])
+def test_sets_with_labels_of_matlab_need_scipy(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if importlib.util.find_spec("scipy") and name == "flowers102":
+        pytest.skip("would download it")
+    word = "stanford_cars/" if importlib.util.find_spec("scipy") else "pip install scipy"
+    with pytest.raises(UserError, match=word):
+        build_dataset(name, "train")
+
+
+def test_stanford_cars_are_read_where_they_lie(tmp_path, monkeypatch):
+    scipy_io = pytest.importorskip("scipy.io")
+    monkeypatch.chdir(tmp_path)
+    folder = lay_out(tmp_path / "data/stanford_cars", "cars_train/1.jpg cars_train/2.jpg devkit/")
+    rows = np.array([("1.jpg", 3), ("2.jpg", 196)], dtype=[("fname", "O"), ("class", "O")])
+    scipy_io.savemat(folder / "devkit/cars_train_annos.mat", {"annotations": rows})
+    names = np.array(["a", "b"], dtype=object)
+    scipy_io.savemat(folder / "devkit/cars_meta.mat", {"class_names": names})
+    images = build_dataset("stanfordcars", "train")
+    assert images.labels.tolist() == [2, 195] and images.classes == 196
+    assert images[1][0].shape == (3, 16, 16) and images.path(1).endswith("cars_train/2.jpg")
