@@ -358,10 +358,12 @@ LEARNING_RATES = [m * 10.0**e for e in (-4, -3, -2, -1) for m in (1, 2, 5)] + [1
 
 
 def add_weights_flags(parser, task):
-    group = parser.add_mutually_exclusive_group(required=True)
+    one = task == "export"    # of two flags
+    group = parser.add_mutually_exclusive_group(required=True) if one else parser
     flag(group, "pretrained_weights", None, None, "backbone.pth or checkpoint.pth of train.py, or "
-         "a released file of DINO, DINOv2, iBOT, SERE, MoCo v3, MAE, timm or torchvision")
-    if task == "export":
+         "a released file of DINO, DINOv2, iBOT, SERE, MoCo v3, MAE, timm or torchvision",
+         required=not one)
+    if one:
         flag(group, "untrained", None, COUNT, "in place of a file, the encoder --arch as train.py "
              "starts from it with this seed, 0 if none is given (Table 8's first row)", kind=int,
              nargs="?", const=0, metavar="SEED")

@@ -268,10 +268,11 @@ def test_a_fine_file_is_not_called_damaged(tmp_path):
 
 def test_safetensors_are_read(tmp_path):
     library = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    saved = crafted({})
     for name in ("x.safetensors", "x.bin"):    # known by their content, too
-        library.save_file(crafted({}), tmp_path / name)
-        state = load_encoder(tmp_path / name).state_dict()
-        assert all(torch.equal(value, crafted({})[key]) for key, value in state.items())
+        library.save_file(saved, tmp_path / name)
+        loaded = load_encoder(tmp_path / name).state_dict()
+        assert all(torch.equal(value, loaded[key]) for key, value in saved.items())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("safetensors") is not None,
