@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
@@ -20,7 +19,7 @@ from data import labeled
 from evaluate import build_labeled
 from support.distributed import sum_over_processes, world
 from support.errors import UserError
-from support.fit import Augmented, TrainingBatches, fit, resumable, seed_everything
+from support.fit import Augmented, TrainingBatches, fit_adamw, resumable
 from support.inputs import autocast, share_loader, to_input
 from support.optim import cosine_schedule, layer_groups
 from support.weights import load_encoder
@@ -62,7 +61,7 @@ def load_classifier(path):
     return model.eval()
 
 
-def fit_encoder(model, loss, batches, args, device, path, arguments):
+def fit_encoder(model, loss, batches, args, path, arguments):
     """Train a model by AdamW with layer-wise decay; print the batch and the rate in effect.
 
     model: has an `encoder` and a `head`. loss: (model, images float (B, 3, S, S) in [0, 1],
@@ -80,24 +79,7 @@ def fit_encoder(model, loss, batches, args, device, path, arguments):
     steps, warmup = args.epochs * batches.steps, args.warmup_epochs * batches.steps
     rates = cosine_schedule(top_lr, final_lr, steps, warmup).tolist()
     groups = layer_groups(model.encoder, model.head, args.layer_decay, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=top_lr)
-    network = DistributedDataParallel(model) if processes > 1 else model
-    model.train()
-
-    def step(number, batch):
-        images, targets = (x.to(device, non_blocking=True) for x in batch)
-        seed_everything(args.seed, number, rank)    # erasing, mixing, stochastic depth
-        for group in optimizer.param_groups:
-            group["lr"] = rates[number] * group["scale"]
-        with autocast(device):
-            value = loss(network, images.float() / 255, targets)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        return value.detach()
-
-    fit(step, {"model": model, "optimizer": optimizer}, batches, args.epochs, path, arguments)
-    model.eval()
+    fit_adamw(model, loss, batches, groups, rates, args.seed, path, arguments)
 
 
 def augmentation(size):
@@ -210,7 +192,7 @@ def run(args, encoder, size, processes):
         train.classes, args.smoothing, args.mixup, args.cutmix, args.erasing)
     path, arguments = resumable(args, encoder, size, share)
     processes.working = True
-    fit_encoder(model, loss, batches, args, device, path, arguments)
+    fit_encoder(model, loss, batches, args, path, arguments)
     top1, top5 = top_accuracies(
         model, val, size, device, args.batch_size_per_gpu, args.num_workers)
     batch = batches.batch_size * processes.size

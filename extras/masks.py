@@ -7,7 +7,6 @@ K classes, (H, W) pixels
 """
 
 import colorsys
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from support.errors import UserError
-from support.files import decode
+from support.files import decode, opened, walk
 from support.named_sets import DOWNLOADS, SHAPES, Shapes
 
 IGNORED = -1
@@ -115,13 +113,10 @@ def paired(images, masks):
 def files_below(root):
     """Return {path below root, without its ending: file} of all images there, sorted."""
     found = {}
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in sorted(files):
-            file = Path(folder, name)
-            if name.startswith(".") or not name.lower().endswith(IMG_EXTENSIONS):
-                continue
-            key = file.relative_to(root).with_suffix("").as_posix()
+    for folder in walk(root):
+        for name in folder.images:
+            file = Path(folder.path, name)
+            key = "/".join((*folder.parts, file.stem))
             if key in found:
                 raise UserError(f"{found[key]} and {file} differ in their ending alone")
             found[key] = file
@@ -186,7 +181,8 @@ class ImagesWithMasks(Dataset):
             return image, torch.full(image.shape[1:], IGNORED, dtype=torch.int32)
         mask = self.mask(index)
         if image.shape[1:] != mask.shape:
-            raise UserError(f"{self.images[index]} and its mask {self.masks[index]} differ in size")
+            raise UserError(f"{self.images[index]}, turned as its EXIF data say, and its mask "
+                            f"{self.masks[index]} differ in size")
         return image, mask
 
     def write(self, index, prediction, folder):
@@ -202,15 +198,15 @@ class ImagesWithMasks(Dataset):
 
 def read_pixels(path):
     """Read a file of class numbers: (an array, the file's mode). Raises UserError naming it."""
-    try:
-        if path.endswith(".mat"):    # SBD's
-            from scipy.io import loadmat
-            return loadmat(path)["GTcls"][0]["Segmentation"][0], "MATLAB"
-        with Image.open(path) as file:
+    if not path.endswith(".mat"):
+        with opened(path) as file:
             return np.array(file), file.mode
+    try:    # SBD's
+        from scipy.io import loadmat
+        return loadmat(path)["GTcls"][0]["Segmentation"][0], "MATLAB"
     except ImportError as error:
         raise UserError(f"{path} is read by SciPy: pip install scipy") from error
-    except Exception as error:    # as in files.decode
+    except Exception as error:    # SciPy raises all kinds
         raise UserError(f"{path} can't be read as a mask: {error}") from error
 
 
@@ -224,10 +220,7 @@ class ShapesWithMasks(Shapes):
         self.names = [str(i) for i in range(len(self))]
 
     def __getitem__(self, index):
-        image, mask = self.draw(index)
-        if mask.dtype == torch.bool:
-            mask = mask * (1 + self.labels[index])
-        return image, mask.to(torch.int32)
+        return self.draw(index)
 
     def write(self, index, prediction, folder):
         """Write predicted classes (H, W) to <folder>/<index>.png."""
@@ -295,18 +288,21 @@ def paint(mask):
     return Image.fromarray(table[where.numpy()])
 
 
-def draw_masks(rows, class_names, path, height=160):
+def draw_masks(rows, class_names, path, height=160, most=30):
     """Draw images beside truth and prediction, under titles and over the colors' meaning.
 
     rows: (uint8 image (3, H, W), mask, predicted classes (H, W)). class_names: None for numbers.
+    most: classes that are named, those with most pixels.
     """
     margin, line, font = 8, 20, ImageFont.load_default(size=14)
     pictures = [[to_pil_image(image), paint(mask), paint(prediction)]
                 for image, mask, prediction in rows]
     width = max(round(height * row[0].width / row[0].height) for row in pictures)
-    present = sorted({int(k) for _, *masks in rows for mask in masks for k in mask.unique()})
+    pixels = torch.cat([mask.flatten() for _, *masks in rows for mask in masks])
+    present, counts = pixels.unique(return_counts=True)
+    shown = sorted(present[counts.argsort(descending=True)[:most]].tolist())
     entries = [(k, "ignored" if k == IGNORED else class_names[k] if class_names else f"class {k}")
-               for k in present]
+               for k in shown]
     columns = max(1, 3 * (width + margin) // 120)
     legend = -(-len(entries) // columns) * line
     size = (3 * (width + margin) + margin, line + len(rows) * (height + margin) + legend + margin)

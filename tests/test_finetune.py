@@ -177,7 +177,7 @@ def fit_classifier(folder, path, loss, arguments=None, **options):
     torch.manual_seed(5)
     model = Classifier(tiny_vit(drop_path_rate=0.2), 2)
     batches = batches_of(folder, **options)
-    finetune.fit_encoder(model, loss, batches, args, CPU, path, arguments or {"x": 1})
+    finetune.fit_encoder(model, loss, batches, args, path, arguments or {"x": 1})
     return model
 
 
