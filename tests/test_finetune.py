@@ -1,6 +1,7 @@
-"""support/fit.py, support/optim.layer_groups, extras/finetune.py: what is trained on an encoder."""
+"""What is trained on an encoder: support/fit.py, extras/finetune.py, linear probes end to end."""
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import close, image_folder, one_line, tiny_vit
+from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
@@ -23,7 +25,9 @@ from extras.finetune import Classifier, classification_loss
 from model import build_encoder
 from support.errors import UserError
 from support.fit import Augmented, TrainingBatches, fit
+from support.inputs import evaluation_crop
 from support.optim import cosine_schedule, layer_groups
+from support.options import parse_evaluate_args
 from support.weights import load_encoder
 
 CPU = torch.device("cpu")
@@ -95,7 +99,7 @@ def test_listed_images_are_found_by_name_or_by_folder_and_name(names, expected, 
 def test_labels_are_smoothed():
     images, labels, logits = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 1]), torch.randn(4, 3)
     seen = []
-    loss = classification_loss(3, 0.1, mixup=0.0, cutmix=0.0)
+    loss = classification_loss(3, 0.1, mixup=0.0, cutmix=0.0, erasing=0.0)
     value = loss(lambda x: seen.append(x) or logits, images, labels)
     targets = 0.9 * F.one_hot(labels, 3) + 0.1 / 3
     close(value, -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean())
@@ -108,7 +112,7 @@ def test_labels_are_mixed_as_images_are(mixup, cutmix):
     labels, logits, seen, shares = torch.tensor([1, 0, 1, 0]), torch.randn(4, 2), [], []
     images = labels.float().view(4, 1, 1, 1).expand(4, 3, 8, 8)
     white, _, black = normalize(images[[0, 0, 1]])
-    loss = classification_loss(2, 0.0, mixup, cutmix)
+    loss = classification_loss(2, 0.0, mixup, cutmix, erasing=0.0)
     for _ in range(8):
         value = loss(lambda x: seen.append(x) or logits, images, labels)
         pixels = (seen[-1] - black) / (white - black)    # (4, 3, 8, 8)
@@ -121,19 +125,57 @@ def test_labels_are_mixed_as_images_are(mixup, cutmix):
     assert 0.01 < np.mean(shares) < 0.99
 
 
-@pytest.mark.parametrize("mean_patch", [False, True])
-def test_a_classifier_is_linear_in_the_class_token_or_the_mean_patch(mean_patch):
-    classifier, images = Classifier(tiny_vit(), 5, mean_patch), torch.randn(2, 3, 32, 32)
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_rectangles_become_noise_after_normalizing(share):
+    """Normal noise for each pixel, and another rectangle in each image."""
+    images, seen = torch.full((64, 3, 32, 32), 0.9), []
+    loss = classification_loss(2, 0.0, mixup=0.0, cutmix=0.0, erasing=share)
+    loss(lambda x: seen.append(x) or x[:, :2, 0, 0], images, torch.zeros(64, dtype=torch.long))
+    changed = seen[0] != normalize(images)
+    noise = seen[0][changed]
+    deviation = 4 / len(noise) ** 0.5    # of the mean of normal numbers; of their std a bit less
+    assert abs(noise.mean()) < deviation and abs(noise.std() - 1) < deviation
+    erased = [image.any(dim=0).nonzero() for image in changed if image.any()]
+    assert len(erased) == 64 if share == 1 else 6 <= len(erased) <= 28    # 16 and 3.5 deviations
+    places = set()
+    for pixels in erased:
+        (top, left), (bottom, right) = pixels.amin(dim=0).tolist(), pixels.amax(dim=0).tolist()
+        assert len(pixels) == (bottom - top + 1) * (right - left + 1)
+        places.add((top, left, bottom, right))
+    assert len(places) > len(erased) / 2
+
+
+def test_a_classifier_is_linear_in_the_class_token_after_the_norm():
+    classifier, images = Classifier(norm_of_its_own(), 5), torch.randn(2, 3, 32, 32)
     nn.init.normal_(classifier.head.weight)    # at first next to nothing
-    tokens = classifier.encoder.norm(classifier.encoder(images))
-    features = tokens[:, 1:].mean(dim=1) if mean_patch else tokens[:, 0]
-    close(classifier(images), features @ classifier.head.weight.T + classifier.head.bias)
+    token = classifier.encoder.norm(classifier.encoder(images))[:, 0]
+    close(classifier(images), token @ classifier.head.weight.T + classifier.head.bias)
+
+
+def test_a_classifier_is_linear_in_the_mean_patch_through_a_new_norm():
+    encoder, images = norm_of_its_own(), torch.randn(2, 3, 32, 32)
+    mean = torch.stack([encoder(images)[:, i] for i in range(1, 17)]).mean(dim=0)
+    classifier = Classifier(encoder, 5, mean_patch=True)
+    nn.init.normal_(classifier.head.weight)
+    variance, center = torch.var_mean(mean, dim=1, correction=0, keepdim=True)
+    normed = (mean - center) / (variance + 1e-6).sqrt()
+    close(classifier(images), normed @ classifier.head.weight.T, atol=1e-5)    # sums of 12 near 5
+
+
+def norm_of_its_own():
+    """Return an encoder whose final norm is not as a new one."""
+    encoder = tiny_vit()
+    nn.init.normal_(encoder.norm.weight)
+    nn.init.normal_(encoder.norm.bias)
+    return encoder
 
 
 def test_augmentation_is_maes():
-    crop, flip, colors, erase = finetune.augmentation(32).transforms
+    """Two operations, each half of the time and at 90 % of its range."""
+    crop, flip, *colors = finetune.augmentation(32).transforms
     assert isinstance(crop, v2.RandomResizedCrop) and isinstance(flip, v2.RandomHorizontalFlip)
-    assert (colors.num_ops, colors.magnitude, erase.p) == (2, 9, 0.25)
+    assert [(maybe.p, operation.num_ops, operation.magnitude / (operation.num_magnitude_bins - 1))
+            for maybe in colors for operation in maybe.transforms] == [(0.5, 1, 0.9)] * 2
     image = finetune.augmentation(32)(torch.zeros(3, 20, 50, dtype=torch.uint8))
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
 
@@ -170,51 +212,71 @@ def test_batches_are_a_function_of_seed_epoch_and_index(folder):
         assert y == other_y and not torch.equal(x, other_x)
 
 
-def fit_classifier(folder, path, loss, arguments=None, **options):
-    """Train a small classifier for 3 epochs; return it."""
+def fit_classifier(batches, path, loss=None, arguments=None):
+    """Train a small classifier for 3 epochs; return its state."""
+    loss = loss or classification_loss(2, 0.1, 0.8, 1.0, 0.25)
     args = argparse.Namespace(epochs=3, warmup_epochs=1, lr=0.05, min_lr=1e-6, layer_decay=0.5,
                               weight_decay=0.05, seed=0)
     torch.manual_seed(5)
     model = Classifier(tiny_vit(drop_path_rate=0.2), 2)
-    batches = batches_of(folder, **options)
     finetune.fit_encoder(model, loss, batches, args, path, arguments or {"x": 1})
-    return model
+    return model.state_dict()
 
 
-def test_fit_goes_on_after_a_kill_and_ends_the_same(folder, tmp_path):
-    """Bit for bit, with mixing, stochastic depth and another number of workers."""
-    loss, calls = classification_loss(2, 0.1, 0.8, 1.0), []
+def fit_probes(batches, path):
+    """Train linear probes for 3 epochs; return their state."""
+    torch.manual_seed(5)
+    probes = evaluate.Probes(tiny_vit(), 2, True, 2, [0.1, 1.0])
+    args = argparse.Namespace(lr=[0.1, 1.0], epochs=3)
+    evaluate.train_probes(probes, batches, args, CPU, path, {"x": 1})
+    return probes.state_dict()
 
-    def killed(*batch):    # in the second of three epochs of 4 steps
-        calls.append(1)
-        if len(calls) > 6:
-            raise KeyboardInterrupt
-        return loss(*batch)
 
-    whole = fit_classifier(folder, tmp_path / "whole.pth", loss)
+class Killed(TrainingBatches):
+    """Batches that end with Ctrl-C in the second epoch of 4 steps."""
+
+    def start(self, step):
+        yield from itertools.islice(super().start(step), 6)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("train", [fit_classifier, fit_probes])
+def test_fit_goes_on_after_a_kill_and_ends_the_same(train, folder, tmp_path):
+    """Bit for bit, with erasing, mixing, stochastic depth and another number of workers."""
+    whole, images = train(batches_of(folder), tmp_path / "whole.pth"), batches_of(folder).images
     with pytest.raises(KeyboardInterrupt):
-        fit_classifier(folder, tmp_path / "parts.pth", killed)
-    parts = fit_classifier(folder, tmp_path / "parts.pth", loss, num_workers=1)
-    for a, b in zip(whole.state_dict().values(), parts.state_dict().values()):
-        assert torch.equal(a, b)
+        train(Killed(images, 4, 0, CPU), tmp_path / "parts.pth")
+    parts = train(batches_of(folder, num_workers=1), tmp_path / "parts.pth")
+    for name, value in whole.items():
+        assert torch.equal(value, parts[name])
+
+
+def test_other_arguments_do_not_go_on(folder, tmp_path):
+    fit_classifier(batches_of(folder), tmp_path / "x.pth")
     with pytest.raises(UserError, match="x was 1, is 2"):
-        fit_classifier(folder, tmp_path / "whole.pth", loss, {"x": 2})
+        fit_classifier(batches_of(folder), tmp_path / "x.pth", arguments={"x": 2})
 
 
-def test_a_loss_that_is_not_finite_ends_it_and_leaves_the_epoch_before(folder, tmp_path):
-    path, batches, seen = tmp_path / "x.pth", batches_of(folder), []
-    with pytest.raises(UserError, match="nan in epoch 2"):
-        fit(lambda number, batch: torch.tensor(float("nan") if number > 5 else 1.0),
-            {}, batches, 3, path, {})
-    fit(lambda number, batch: seen.append(number) or torch.tensor(1.0), {}, batches, 3, path, {})
-    assert seen == [4, 5, 6, 7, 8, 9, 10, 11]
+@pytest.mark.parametrize("loss, weight", [("nan", 1.0), ("inf", 1.0), (1.0, "nan"), (1.0, "inf")])
+def test_what_is_not_finite_ends_it_and_leaves_the_epoch_before(loss, weight, folder, tmp_path):
+    path, batches, model, seen = tmp_path / "x.pth", batches_of(folder), nn.Linear(2, 2), []
+
+    def step(number, batch):    # bad in the last step of the second epoch
+        nn.init.constant_(model.bias, float(weight if number == 7 else 1.0))
+        return torch.tensor(float(loss if number == 7 else 1.0))
+
+    with pytest.raises(UserError, match="epoch 2.*lower --lr"):
+        fit(step, {"model": model}, batches, 3, path, {})
+    fit(lambda number, batch: seen.append(number) or torch.tensor(1.0), {"model": model}, batches,
+        3, path, {})
+    assert seen == [4, 5, 6, 7, 8, 9, 10, 11] and model.bias.tolist() == [1, 1]
 
 
 def test_each_layer_is_trained_at_its_rate(folder, tmp_path, monkeypatch):
     rates = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: rates.append(
         sorted({group["lr"] for group in optimizer.param_groups})))
-    fit_classifier(folder, tmp_path / "x.pth", classification_loss(2, 0.1, 0, 0), batch_size=8)
+    fit_classifier(batches_of(folder, batch_size=8), tmp_path / "x.pth")
     top = cosine_schedule(0.05 * 8 / 256, 1e-6, 6, 2).tolist()
     expected = [sorted({rate * 0.5**depth for depth in range(4)}) for rate in top]
     assert rates == [pytest.approx(of_a_step) for of_a_step in expected]
@@ -237,10 +299,13 @@ def test_finetune_from_the_command_line_and_again(command, tmp_path, capsys):
     assert (written["epochs"], written["image_size"], written["heads"]) == (3, 32, 3)
     assert (written["images"], written["classes"], written["top5"]) == (8, 2, 100)
 
-    assert "measured again" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"batch 3 (1 x 3), 2 steps an epoch; learning rate {5e-4 * 3 / 256:g} " in out
+    assert "measured again" not in out
     again = evaluate.main(command)    # finished: not trained anew
     assert again["top1"] == result["top1"] and "measured again" in capsys.readouterr().out
     (checkpoint,) = tmp_path.glob("backbone-finetune-*/checkpoint.pth")
+    assert result["checkpoint"] == str(checkpoint)
     tuned = load_encoder(checkpoint)    # can be evaluated too
 
     torch.save(tuned.state_dict(), tmp_path / "backbone.pth")    # other weights, the same place
@@ -251,10 +316,23 @@ def test_finetune_from_the_command_line_and_again(command, tmp_path, capsys):
     assert "seed was 0, is 1; weights and images was" in line
 
 
+@pytest.mark.parametrize("flags", [["--avgpool_patchtokens"], ["--no-avgpool_patchtokens"]])
+def test_a_fine_tuned_model_can_be_loaded(flags, command):
+    """Its logits are those of the weights in the file, by hand."""
+    path = evaluate.main([*command, *flags, "--lr", "1", "--image_size", "48"])["checkpoint"]
+    classifier, images = finetune.load_classifier(path), torch.randn(2, 3, 48, 48)
+    encoder, state = load_encoder(path), torch.load(path, weights_only=True)["model"]
+    tokens = encoder(images)
+    pooled = tokens[:, 1:].mean(dim=1) if flags == ["--avgpool_patchtokens"] else tokens[:, 0]
+    close(classifier(images), encoder.norm(pooled) @ state["head.weight"].T + state["head.bias"])
+    assert classifier.image_size == 48 and not classifier.training
+
+
 @pytest.mark.parametrize("flags, word", [
     (["--train_list", "nothing.txt"], "nothing.txt"), (["--warmup_epochs", "3"], "--warmup_epochs"),
     (["--data_path", "nowhere"], "nowhere"), (["--train_fraction", "1.5"], "--train_fraction"),
     (["--data_path", "shapes", "--train_list", __file__], "folder of images"),
+    (["--train_list", torch.__file__.replace("__init__.py", "lib")], "--train_list"),
 ])
 def test_bad_flags_get_one_line(flags, word, command, capsys):
     assert word in one_line(capsys, evaluate.main, [*command, *flags], program="evaluate.py")
@@ -274,3 +352,87 @@ def test_the_status_is_1_once_work_has_begun(command):
     with pytest.raises(SystemExit) as stopped:
         evaluate.main([*command, "--lr", "1e30"])    # a loss that is not finite
     assert stopped.value.code == 1
+
+
+RANGES = {    # a flag of both tasks or of one: what it refuses beside nan, inf, -1 and words
+    "epochs": "0 1.5", "batch_size_per_gpu": "0 2.5", "num_workers": "0.5", "seed": "1.5 1e3",
+    "lr": "0", "image_size": "0", "heads": "0",
+    "finetune": {
+        "smoothing": "2 1", "erasing": "1.1 2", "mixup": "-0.1", "cutmix": "-0.1",
+        "layer_decay": "0 1.1", "train_fraction": "0 1.1", "drop_path_rate": "1 2 -0.5",
+        "warmup_epochs": "0.5", "min_lr": "-1e-9", "weight_decay": "-0.1",
+    },
+    "linear": {"holdout": "1 -0.1", "n_last_blocks": "0 1.5"},
+}
+
+
+@pytest.mark.parametrize("task", ["finetune", "linear"])
+def test_each_number_has_a_range(task, capsys):
+    ranges = {flag: bad for flag, bad in (RANGES | RANGES[task]).items() if isinstance(bad, str)}
+    for flag, bad in ranges.items():
+        for value in [*bad.split(), "nan", "inf", "-inf", "-1", "x"]:
+            command = f"{task} --pretrained_weights x --data_path x --{flag}={value}".split()
+            line = one_line(capsys, parse_evaluate_args, command, program="evaluate.py")
+            assert f"--{flag}" in line and value in line
+
+
+# --- linear probes --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def linear(tmp_path):
+    """Return a function of a folder and flags that trains linear probes: (result, probes)."""
+    torch.save(build_encoder("vit_nano", 32, 8).state_dict(), tmp_path / "backbone.pth")
+
+    def run(folder, *flags):
+        result = evaluate.main([
+            "linear", "--pretrained_weights", str(tmp_path / "backbone.pth"), "--data_path",
+            str(folder), "--output_dir", str(tmp_path / "run"), "--num_workers", "0", *flags])
+        return result, torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["probes"]
+
+    return run
+
+
+@pytest.mark.parametrize("holdout, best", [("0.25", min), ("0", max)])
+def test_held_out_images_choose_the_rate(holdout, best, linear, tmp_path):
+    """Dark and bright images whose labels are exchanged in val: the best rate is the worst there.
+
+    At a rate of next to nothing a probe says what it said at first, right or wrong. With --holdout
+    0 the images of val choose.
+    """
+    for split, brightness in (("train", (20, 230)), ("val", (230, 20))):
+        for label, value in enumerate(brightness):
+            (tmp_path / f"images/{split}/{label}").mkdir(parents=True)
+            for i in range(8):
+                image = Image.new("L", (32, 32), value + i)
+                image.save(tmp_path / f"images/{split}/{label}/{i}.png")
+    rates = [*(f"{i}e-9" for i in range(1, 9)), "1"]
+    result, _ = linear(tmp_path / "images", "--lr", *rates, "--holdout", holdout, "--epochs", "2")
+    on_val = {row["lr"]: row["val"] for row in result["rates"]}
+    assert result["top1"] == on_val[result["lr"]] == best(on_val.values())
+    assert min(on_val.values()) < max(on_val.values())
+
+
+@pytest.mark.parametrize("flags, blocks, mean_patch", [
+    ([], 4, False), (["--n_last_blocks", "2", "--avgpool_patchtokens"], 2, True),
+    (["--n_last_blocks", "1"], 1, False),
+])
+def test_probes_see_the_features_that_the_flags_name(
+        flags, blocks, mean_patch, linear, folder, tmp_path):
+    """Their accuracies on val are those of the file's probes on features by a plain loop."""
+    result, probes = linear(folder, *flags, "--lr", "0.1", "3", "10", "--epochs", "2")
+    encoder, images = load_encoder(tmp_path / "backbone.pth"), build_dataset(folder, "val")
+    crops = torch.stack([evaluation_crop(32)(image) for image, _ in images])
+    tokens, features = encoder.embed(normalize(crops / 255)), []
+    for depth, block in enumerate(encoder.blocks):
+        tokens = block(tokens)
+        if depth >= 4 - blocks:
+            features.append(encoder.norm(tokens)[:, 0])
+    if mean_patch:
+        features.append(encoder.norm(tokens)[:, 1:].mean(dim=1))
+    features = torch.cat(features, dim=1)
+    for i, row in enumerate(result["rates"]):
+        logits = features @ probes[f"{i}.weight"].T + probes[f"{i}.bias"]
+        right = (logits.argmax(dim=1) == images.labels).float().mean().item()
+        assert row["val"] == pytest.approx(100 * right)
+    assert (result["n_last_blocks"], result["avgpool_patchtokens"]) == (blocks, mean_patch)

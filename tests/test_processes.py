@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = ["dino", "ibot", "ibot, own head", "mocov3", "dino+", "batch relations", "resnet50"]
 TASKS = {
     "linear": ["--epochs", "2", "--lr", "0.1", "1"],
-    "finetune": """--epochs 2 --warmup_epochs 0 --lr 0.01 --mixup 0 --cutmix 0
+    "finetune": """--epochs 2 --warmup_epochs 0 --lr 0.01 --erasing 0 --mixup 0 --cutmix 0
     --drop_path_rate 0""".split(),
 }
 
