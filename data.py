@@ -45,9 +45,8 @@ def build_dataset(path, split, label_depth=None, classes=None):
             raise UserError(f"--classes is for folders with train/, which {path} has not")
         return unlabeled_images(path, f"{path} has no train/")
     names = find_classes(train, label_depth, classes)
-    if len(names) < 2:
-        found = f"one class only, {names[0]}" if names else "no class folders"
-        return unlabeled_images(folder, f"{train} has {found}")
+    if not names:
+        return unlabeled_images(folder, f"{train} has no class folders")
     return labeled_images(folder, names, label_depth, only_these=classes is not None)
 
 
@@ -75,6 +74,8 @@ def labeled_images(root, classes, label_depth, only_these):
         if folder.images and name is not None and name not in number:
             raise UserError(f"{folder.path} holds images of a class that train/ does not have")
         labels += [number.get(name, -1)] * len(folder.images)
+    if len(classes) == 1:    # nothing to tell it from
+        return unlabeled_images(root, f"{root} has one class only, {classes[0]}")
     return ImageFiles(root, relative_names(root, folders), labels, len(classes))
 
 

@@ -120,6 +120,7 @@ def test_folders_become_images_with_labels(tree, split, options, expected, tmp_p
     ("data/train/x.png data/bus/x.png data/car/x.png", "train", {}, "beside bus/"),
     ("data/train/images/x.png data/train/masks/x.png", "train", {}, "segmentation"),
     ("data/train/g/a/x.png data/train/h/b/y.png", "train", {}, "g/a .--label_depth 2"),
+    ("data/train/g/a/x.png data/train/g/b/y.png", "train", {}, "g/a .--label_depth 2"),
     ("data/train/g/x.png data/train/h/y.png", "train", {"label_depth": 2}, "no folders"),
     ("data/train/a/x.png data/train/c/x.png data/ab.txt", "train", {"classes": "ab.txt"},
      "no class folder b"),
@@ -162,14 +163,16 @@ def test_listed_files_and_folders_leave_out_hidden_ones(tmp_path):
     ("x.gif", lambda levels: levels), ("x.bmp", lambda levels: levels),
     ("rgb.png", lambda levels: np.stack([levels] * 3, axis=-1)),
     ("x.webp", lambda levels: np.stack([levels] * 3, axis=-1)),
-    ("x.jp2", lambda levels: levels),
+    ("x.jp2", lambda levels: levels), ("x.avif", lambda levels: levels),
     ("alpha.png", lambda levels: np.stack([levels, 0 * levels + 255], axis=-1)),
     # black ink, of which the paper shows through the more, the brighter a pixel is
     ("ink.png", lambda levels: np.stack([0 * levels] * 3 + [255 - levels], axis=-1)),
 ])
 def test_files_of_every_depth_give_the_same_pixels(name, convert, tmp_path):
     path, expected = tmp_path / name, torch.from_numpy(LEVELS).expand(3, 16, 16)
-    Image.fromarray(convert(LEVELS)).save(path, lossless=True)
+    if path.suffix not in EXTENSIONS:
+        pytest.skip("this Pillow does not read it")
+    Image.fromarray(convert(LEVELS)).save(path, lossless=True, quality=100)
     image = decode(path)
     assert image.dtype == torch.uint8 and image.shape == expected.shape
     assert (image.int() - expected.int()).abs().max() <= 1    # 8 bits, rounded
