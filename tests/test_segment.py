@@ -506,7 +506,8 @@ def test_segment_from_the_command_line_and_again(flags, command, tmp_path, capsy
     (["--val_split", "test"], "test/images"), (["--classes", "2"], "0 to 1"),
     (["--sliding", "--test_size", "16"], "--no-sliding"), (["--scale", "1", "0.5"], "--scale"),
     (["--data_path", "nowhere"], "nowhere"), (["--image_size", "30"], "patch size 8"),
-    (["--steps", "9"], "--head upernet"), (["--head", "upernet", "--epochs", "9"], "--epochs"),
+    (["--data_path", "shapes"], "--ignore_index"), (["--steps", "9"], "--head upernet"),
+    (["--head", "upernet", "--epochs", "9"], "--epochs"),
     (["--head", "upernet", "--steps", "9", "--warmup_steps", "9"], "--warmup_steps"),
     (["--head", "upernet", "--image_size", "32", "--batch_size_per_gpu", "1"], "1 image"),
 ])
