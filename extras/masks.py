@@ -64,8 +64,11 @@ def voc(split):
     sbd = Path(DOWNLOADS) / "sbd"    # as torchvision's SBDataset leaves it
     if split == "train" and sbd.is_dir():
         published = {Path(image).stem for image in images + voc_files("val")[0]}
-        listed = [name for part in ("train", "val")
-                  for name in (sbd / f"{part}.txt").read_text().split()]
+        try:
+            listed = [name for part in ("train", "val")
+                      for name in (sbd / f"{part}.txt").read_text().split()]
+        except OSError as error:
+            raise UserError(f"{sbd}/ needs img/, cls/, train.txt and val.txt: {error}") from error
         added = [name for name in listed if name not in published]    # 10 582 images in all
         images += [str(sbd / "img" / f"{name}.jpg") for name in added]
         masks += [str(sbd / "cls" / f"{name}.mat") for name in added]

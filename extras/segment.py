@@ -248,8 +248,12 @@ def settle(args, encoder, size, layout, processes):
     Return the sides of training crops and of the short side to test at. Raises UserError.
     """
     large = encoder.heads and encoder.dim >= ARCHITECTURES["vit_base"]["dim"]
+    patch = encoder.patch_size
+    if args.ignore_index is not None and layout != "folder":
+        raise UserError(f"--ignore_index is for folders of images/ and masks/: {args.data_path} "
+                        "says itself which pixels do not count")
     if args.head == "upernet":
-        size = args.image_size or 512
+        size = args.image_size or round(512 / patch) * patch
         args.steps = args.steps or (160_000 if layout == "ade20k" else 20_000)
         if args.warmup_steps is None:
             args.warmup_steps = min(1500, args.steps // 10)
@@ -266,7 +270,7 @@ def settle(args, encoder, size, layout, processes):
     if args.sliding is None:
         args.sliding = args.head == "upernet"
     test_size = args.test_size or (size if args.head == "upernet" else size * 256 / 224)
-    test_size = max(1, round(test_size / encoder.patch_size)) * encoder.patch_size
+    test_size = max(1, round(test_size / patch)) * patch
     if args.sliding and test_size < size:
         raise UserError(f"windows of {size} do not fit into --test_size {test_size}: give a larger "
                         "one, or --no-sliding")
@@ -336,6 +340,7 @@ def run(args, encoder, size, processes):
         draw_predictions(model, val, args.pictures, test_size, window, device, picture)
         say(f"{picture}: {args.pictures} predictions")
     if args.predictions:
-        say(f"{args.predictions}: predictions, coded as the masks are")
+        server = "; zipped with a method.txt they go to the server" * (val.layout == "imagenet-s")
+        say(f"{args.predictions}: predictions, coded as the masks are{server}")
     return {"images": len(images), "classes": classes, "image_size": size,
             "test_size": test_size} | result
