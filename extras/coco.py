@@ -18,8 +18,8 @@ from torchvision import tv_tensors
 from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid, save_image
 
-from data import decode
 from support.errors import UserError
+from support.files import decode
 
 try:
     from pycocotools import mask as rle
@@ -121,9 +121,10 @@ def draw_objects(image, target, names):
     if not len(target["boxes"]):
         return image
     hues = (137 * i % 360 for i in range(len(target["boxes"])))    # neighbors differ most
-    colors = [ImageColor.getrgb(f"hsl({hue}, 90%, 50%)") for hue in hues]
+    colors = [ImageColor.getrgb(f"hsl({hue}, 90%, 40%)") for hue in hues]
     image = draw_segmentation_masks(image, target["masks"].bool(), alpha=0.4, colors=colors)
-    return draw_bounding_boxes(image, target["boxes"], names, colors, width=2)
+    return draw_bounding_boxes(
+        image, target["boxes"], names, colors, width=2, label_colors="white", fill_labels=True)
 
 
 def draw_pictures(path, detect, images, number):

@@ -266,8 +266,8 @@ def run(args, encoder, size, processes):
     train, val = (CocoImages(args.data_path, split) for split in ("train", "val"))
     if train.names != val.names:
         raise UserError(f"{args.data_path}: the two JSON files differ in their categories")
-    if not train.with_objects:
-        raise UserError(f"{args.data_path}: no training image has an object")
+    if not (train.with_objects and val.with_objects):
+        raise UserError(f"{args.data_path}: train or val has no image with an object")
     torch.manual_seed(args.seed)
     model = build_detector(encoder, len(train.names), side, args.width, args.rois).to(device)
     flip = v2.Compose([v2.RandomHorizontalFlip(), v2.ToPureTensor()])

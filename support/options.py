@@ -511,8 +511,8 @@ def add_detect_flags(parser):
     flag(parser, "layer_decay", 0.8, "(0, 1]", "of the learning rate, a layer down")
     flag(parser, "weight_decay", 0.05, NOT_NEGATIVE, "none on biases and norms")
     flag(parser, "drop_path_rate", 0.1, "[0, 1)", "stochastic depth")
-    flag(parser, "width", 256, SIZE, "channels of the pyramid and the heads; 64 on a CPU")
-    flag(parser, "rois", 512, SIZE, "boxes of an image that each stage is trained on; 64 on a CPU")
+    flag(parser, "width", 256, SIZE, "channels of the pyramid and the heads; 32 on a CPU")
+    flag(parser, "rois", 512, SIZE, "boxes of an image that each stage is trained on; 32 on a CPU")
     flag(parser, "pictures", 0, COUNT, "draw truth and detections in so many images to "
          "detections.png in the output folder")
 
