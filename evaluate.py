@@ -28,10 +28,10 @@ from torchvision.transforms import v2
 from data import build_dataset, labeled
 from model import ARCHITECTURES
 from support.checkpoint import check_output
-from support.distributed import Processes, sum_over_processes, world
+from support.distributed import Processes, check_alike, sum_over_processes, world
 from support.errors import UserError
 from support.fit import Augmented, TrainingBatches, fit, resumable
-from support.inputs import autocast, share_loader, to_input
+from support.inputs import UNREADABLE, autocast, share_loader, to_input
 from support.options import parse_evaluate_args
 from support.progress import progress
 from support.weights import requested_encoder
@@ -41,15 +41,18 @@ from support.weights import requested_encoder
 
 @torch.no_grad()
 def extract_features(encoder, images, indices, size, device, batch_size=128, num_workers=0,
-                     what="features", stop_asked=None):
+                     what="features", stop_asked=None, leave_out=None):
     """Return class tokens after the final norm (N, C), and labels (N,), on device.
 
     indices: of the N images. Each process computes its share and receives all. what: said of it
     while it runs. stop_asked is asked between batches, by all processes together; once it says
-    True, the result is None. Raises UserError for a bad image.
+    True, the result is None. leave_out: called with (images, index) for an image that can't be
+    read, whose label becomes UNREADABLE; if None that is a UserError, as are features that are not
+    finite.
     """
     rank, processes = world()
-    loader = share_loader(images, indices, size, device, batch_size, num_workers)
+    tolerant = leave_out is not None
+    loader = share_loader(images, indices, size, device, batch_size, num_workers, tolerant)
     features = torch.zeros(len(indices), encoder.dim, device=device)
     labels = torch.zeros(len(indices), dtype=torch.long, device=device)
     in_common = len(indices) // processes // batch_size    # batches that every process has
@@ -61,7 +64,12 @@ def extract_features(encoder, images, indices, size, device, batch_size=128, num
         with autocast(device):
             features[rows] = encoder.norm(encoder(to_input(x, device)))[:, 0].float()
         labels[rows] = y.to(device)
-    return sum_over_processes(features), sum_over_processes(labels)    # others' rows are zero
+        for j in (y == UNREADABLE).nonzero().flatten().tolist():
+            leave_out(images, indices[first + j * processes])
+    features, labels = (sum_over_processes(x) for x in (features, labels))    # others' are zero
+    if not features.isfinite().all():
+        raise UserError("the encoder's features are not finite: its weights are no good")
+    return features, labels
 
 
 @torch.no_grad()
@@ -78,8 +86,12 @@ def nearest_neighbors(train_features, test_features, k, most=2**26):
 
 
 def vote(similarity, labels, temperature, classes):
-    """Add up exp(similarity / temperature) of neighbors (N, k) by label: (N, K)."""
-    weight = (similarity / temperature).exp()
+    """Add up the weights of neighbors (N, k), nearest first, by label: (N, K).
+
+    DINO's exp(similarity / temperature), over that of the nearest neighbor, or a small temperature
+    would make all of them infinite.
+    """
+    weight = ((similarity - similarity[:, :1]).double() / temperature).exp()
     return weight.new_zeros(len(weight), classes).scatter_add_(1, labels, weight)
 
 
@@ -98,6 +110,7 @@ def knn_accuracy(
     """Return {k: top-1 accuracy in %} on the images of val, by those of train.
 
     most: of train, evenly thinned out. options: of extract_features; None if that was stopped.
+    Images that it left out count nowhere; {} if no others are left.
     """
     chosen, test = labeled(train), labeled(val)
     if most and len(chosen) > most:
@@ -109,6 +122,11 @@ def knn_accuracy(
             encoder, images, indices.tolist(), size, device, what=what, **options))
         if extracted[-1] is None:
             return None
+        features, labels = extracted[-1]
+        read = labels != UNREADABLE
+        if not read.any():
+            return {}
+        extracted[-1] = features[read], labels[read]
     (features, labels), (test_features, test_labels) = extracted
     similarity, index = nearest_neighbors(features, test_features, max(ks))    # once for all k
     accuracy = {}
@@ -200,6 +218,7 @@ def build_labeled(args):
     val = build_dataset(args.data_path, "val", args.label_depth)
     if not len(labeled(val)):
         raise UserError(f"{args.data_path} has no labels in val/: it takes a folder for each class")
+    check_alike(args, train=train, val=val)
     return train, val
 
 

@@ -28,13 +28,13 @@ from data import Batches, NoSplit, ViewsOfImages, build_dataset, labeled
 from model import Network, Output, build_encoder, update_teacher
 from relations import RelationHead, SelfRelationLoss
 from support.checkpoint import output_folder
-from support.distributed import Processes, configure
+from support.distributed import Processes, check_alike, configure
 from support.errors import UserError
 from support.optim import clip_gradients, cosine_schedule, parameter_groups
 from support.options import parse_train_args
 from support.run import Run
 from support.weights import load_encoder
-from support.workers import ignore_signals
+from support.workers import check_shared_memory, ignore_signals
 
 # --- networks -------------------------------------------------------------------------------------
 
@@ -292,6 +292,9 @@ def build_loader(args, images, processes, start=0):
         args.global_crops_size, args.global_crops_scale,
         args.local_crops_number, args.local_crops_size, args.local_crops_scale, build_mask(args),
     )
+    # kNN's crops may lie beside the views.
+    pixels = 3 * args.global_crops_size**2 + args.local_crops_number * args.local_crops_size**2
+    check_shared_memory(3 * args.batch_size_per_gpu * pixels, args.num_workers)
     batches = Batches(
         len(images), args.batch_size_per_gpu, args.grad_accum_steps, processes.rank, processes.size,
         args.seed, start,
@@ -346,6 +349,7 @@ def main(argv=None):
     with Processes("train.py") as processes:
         configure(args, processes.device)
         images, val = build_datasets(args)
+        check_alike(args, train=images, val=val)
         training = Training(args, processes, len(images))
         with (
             output_folder(args.output_dir, processes.rank == 0),

@@ -1,14 +1,15 @@
 """One process or many, the same training: averages, sums and norms over torchrun's processes.
 
-In a single process every function
-here is the identity, or nn's own. The collectives are the functional ones: they are differentiable,
-torch.compile traces them, and they run on gloo and NCCL.
+In a single process every function here is the identity, or nn's own. The collectives are the
+functional ones: they are differentiable, torch.compile traces them, and they run on gloo and NCCL.
 
 B batch of a process, C channels
 """
 
 import os
+import signal
 import sys
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -16,39 +17,54 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed import _functional_collectives as collectives
 
-from support.errors import UserError
+from support.errors import UserError, explain
+from support.workers import end_workers
 
 
 class Processes:
     """The processes of this program: this one alone, or torchrun's.
 
     Has rank, size (their number), device, and distributed: whether torchrun started them. As a
-    context it ends what a user can put right in one line: UserError, a full GPU, Ctrl-C. Every
-    process that fails says so, with its rank. The exit status is 2, or 1 once `working` is set.
+    context it ends in one line what is no bug: UserError, too little memory, Ctrl-C. Every process
+    that fails says so, with its rank. The exit status is 2, or 1 once `working` is set.
     """
 
     def __init__(self, program):
         self.program, self.working = program, False
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.distributed = "RANK" in os.environ
+        self.rank, self.size, self.distributed = 0, 1, False
         self.device = torch.device("cpu")
+        try:
+            self.join()
+        except UserError as error:
+            self.fail(error)
+
+    def join(self):
+        """Find this process's rank and device, and meet the other processes."""
+        launch = read_launch()
+        if launch:
+            self.rank, self.size = launch
         if torch.cuda.is_available():
             local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             if local_rank >= gpus:
-                self.fail(f"this machine has {gpus} GPUs; lower --nproc_per_node to {gpus}")
+                raise UserError(f"this machine has {gpus} GPUs; lower --nproc_per_node to {gpus}")
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
-        if self.distributed:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            self.control = dist.new_group(backend="gloo")    # what is agreed here waits for no GPU
+        if launch:
+            try:    # what is agreed on the CPU waits for no GPU
+                dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available()
+                                        else "gloo")
+            except RuntimeError as error:
+                where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+                raise UserError(f"no connection to the other processes at {where}: "
+                                f"{str(error).splitlines()[0]}") from error
+            self.distributed = True
 
     def sum(self, number):
         """Add up a number of each process, without waiting for the GPU."""
         if not self.distributed:
             return number
         total = torch.tensor(number)
-        dist.all_reduce(total, group=self.control)
+        dist.all_reduce(total)
         return total.item()
 
     def say(self, *words):
@@ -60,21 +76,78 @@ class Processes:
         """Exit with one line."""
         who = f" (process {self.rank})" if self.size > 1 else ""
         sys.stderr.write(f"{self.program}: error{who}: {message}\n")
-        sys.exit(1 if self.working else 2)
+        self.leave(1 if self.working else 2)
+
+    def leave(self, status):
+        """Exit; at once where there are other processes, whose answer it could wait for."""
+        if not self.distributed:
+            sys.exit(status)
+        end_workers()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, stack):
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)    # a second one ends it here and now
+            sys.stderr.write("\nstopped\n" if self.rank == 0 else "")
+            self.leave(130)
+        if line := explain(error):
+            self.fail(line)
+        if error and self.distributed:
+            sys.stderr.write(f"{self.program}: process {self.rank} failed:\n"
+                             + "".join(traceback.format_exception(error)))
+            self.leave(1)
         if self.distributed:
             dist.destroy_process_group()
-        if isinstance(error, UserError):
-            self.fail(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            self.fail(f"{str(error).splitlines()[0]} Lower --batch_size_per_gpu")
-        if isinstance(error, KeyboardInterrupt):
-            sys.stderr.write("\nstopped\n" if self.rank == 0 else "")
-            sys.exit(130)
+
+
+def read_launch():
+    """Return (rank, number of processes) as torchrun says, None where it did not start this.
+
+    Raises UserError where only a part of what it says is there.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if "RANK" not in given and given.get("WORLD_SIZE", "1") == "1":
+        return None
+    if missing := [name for name in names if name not in given]:
+        raise UserError(f"the environment has {' and '.join(given)}, but not {', '.join(missing)}: "
+                        "start with torchrun, or unset them for a single process")
+    try:
+        rank, size = int(given["RANK"]), int(given["WORLD_SIZE"])
+    except ValueError:
+        rank, size = 0, 0
+    if not 0 <= rank < size:
+        raise UserError(f"RANK {given['RANK']} and WORLD_SIZE {given['WORLD_SIZE']} of the "
+                        "environment do not fit together; start with torchrun")
+    return rank, size
+
+
+# Machines may differ in these.
+PER_MACHINE = {"num_workers", "data_path"}
+
+
+def check_alike(args, **data_sets):
+    """Raise UserError where processes have other arguments or images; all call it together.
+
+    data_sets: by name, each with a length and an `identity`, or None.
+    """
+    if world()[1] == 1:
+        return
+    values = {f"--{name}": value for name, value in vars(args).items() if name not in PER_MACHINE}
+    for name, images in data_sets.items():
+        values[name] = images and f"{len(images)} images ({images.identity})"
+    found = [None] * world()[1]
+    dist.all_gather_object(found, values)
+    for rank, other in enumerate(found):
+        if faults := [f"{name} is {other.get(name)}, not {value}"
+                      for name, value in found[0].items() if other.get(name) != value]:
+            raise UserError(f"process {rank} differs from process 0: {'; '.join(faults)}; all must "
+                            "have the same command and the same files")
 
 
 def configure(args, device):

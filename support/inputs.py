@@ -6,7 +6,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 from augment import normalize
 from support.distributed import world
-from support.workers import ignore_signals
+from support.errors import UserError
+from support.workers import check_shared_memory, ignore_signals
+
+UNREADABLE = -2    # the label of an image that can't be read, where one goes on without it
 
 
 def evaluation_crop(size):
@@ -19,23 +22,36 @@ def evaluation_crop(size):
 
 
 class Transformed(Dataset):
-    """images[i] for i in indices, through `transform`: (uint8 image, label)."""
+    """images[i] for i in indices, through evaluation_crop(size): (uint8 image, label).
 
-    def __init__(self, images, indices, transform):
-        self.images, self.indices, self.transform = images, indices, transform
+    tolerant: an image that can't be read is black, its label UNREADABLE; else UserError is raised.
+    """
+
+    def __init__(self, images, indices, size, tolerant=False):
+        self.images, self.indices, self.size, self.tolerant = images, indices, size, tolerant
+        self.transform = evaluation_crop(size)
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, i):
-        image, label = self.images[self.indices[i]]
+        try:
+            image, label = self.images[self.indices[i]]
+        except UserError:
+            if not self.tolerant:
+                raise
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), UNREADABLE
         return self.transform(image), label
 
 
-def share_loader(images, indices, size, device, batch_size, num_workers):
-    """Return a loader of this process's share of the center crops of images."""
-    crops = Transformed(images, indices, evaluation_crop(size))
+def share_loader(images, indices, size, device, batch_size, num_workers, tolerant=False):
+    """Return a loader of this process's share of the center crops of images.
+
+    tolerant: see Transformed.
+    """
+    crops = Transformed(images, indices, size, tolerant)
     rank, processes = world()
+    check_shared_memory(3 * size**2 * min(batch_size, len(crops)), num_workers)
     return DataLoader(
         crops, batch_size, sampler=range(rank, len(crops), processes), num_workers=num_workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",

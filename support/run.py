@@ -272,9 +272,10 @@ class Run:
         steps = self.training.steps_per_epoch
         values = {name: total / steps for name, total in self.sums.items()} if epoch else {}
         if self.val is not None and (epoch % self.args.knn_every == 0 or self.step == self.steps):
-            values["kNN"] = self.knn(epoch)
-            if values["kNN"] is None:    # stopped
+            accuracy = self.knn(epoch)
+            if accuracy is None:    # stopped
                 return
+            values |= accuracy
         if self.is_main and values:
             self.lines.write(kind="epoch", step=self.step, epoch=epoch, **values)
         self.sums = dict.fromkeys(TERMS, 0.0)
@@ -316,21 +317,34 @@ class Run:
             self.say("the first step compiles, which takes a minute or more")
 
     def knn(self, epoch):
-        """Return the kNN accuracy of the teacher in %, or None where the run is to stop."""
+        """Return {"kNN": accuracy of the teacher in %}, or None where the run is to stop.
+
+        Images that can't be read are named and left out; {} if no others are left.
+        """
         if epoch == 0:
             self.say("kNN before training, to compare with; --knn_every 0 does without")
         encoder, args = self.training.teacher.backbone, self.args
         accuracy = knn_accuracy(
-            encoder.eval(), Readable(self.images), self.val, args.global_crops_size,
+            encoder.eval(), self.images, self.val, args.global_crops_size,
             self.processes.device, most=20_000, batch_size=args.batch_size_per_gpu,
-            num_workers=args.num_workers, stop_asked=self.stop_asked,
+            num_workers=args.num_workers, stop_asked=self.stop_asked, leave_out=self.leave_out,
         )
         encoder.train()    # a ResNet's batch norms
         if accuracy is None:
             return None
         when = f"epoch {epoch}" if epoch else "before training"
+        if not accuracy:
+            self.say(f"{when}: no kNN, as no image can be read")
+            return {}
         self.say(f"{when}: kNN {accuracy[20]:.1f} %")
-        return accuracy[20]
+        return {"kNN": accuracy[20]}
+
+    def leave_out(self, images, index):
+        """Name an image that kNN could not read."""
+        try:
+            images[index]    # in this process, to have the error
+        except UserError as error:
+            self.complain(f"{error}; kNN does without it")
 
     # --- pictures ---------------------------------------------------------------------------------
 

@@ -1,8 +1,14 @@
-"""The loader's worker processes and signals."""
+"""The loader's worker processes: signals, and the memory that they share."""
 
 import atexit
 import multiprocessing
+import os
+import shutil
 import signal
+
+from support.errors import UserError
+
+SHARED_MEMORY = "/dev/shm"
 
 
 def ignore_signals(worker):
@@ -19,3 +25,18 @@ def end_workers():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # PyTorch would take it for an error
     for process in workers:
         process.kill()
+
+
+def check_shared_memory(batch_bytes, num_workers):
+    """Raise UserError where the batches that workers hold ready do not fit into /dev/shm.
+
+    Containers often have 64 MB of it. Each worker prepares two batches, and one is in use.
+    """
+    if num_workers and os.path.isdir(SHARED_MEMORY):
+        needed = (2 * num_workers + 1) * batch_bytes
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if needed > free:
+            raise UserError(
+                f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, and {num_workers} loader workers "
+                f"need {needed / 1e6:.0f} MB: start the container with a larger --shm-size, or "
+                "give --num_workers 0")

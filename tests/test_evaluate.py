@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close, image_folder, tiny_vit
+from helpers import close, image_folder, one_line, tiny_vit
 from PIL import Image
 from torchvision.transforms import v2
 
 import augment
 import evaluate
 from data import build_dataset
+from model import build_encoder
 from support.errors import UserError
 
 
@@ -28,11 +29,21 @@ def test_knn_votes_equal_a_loop(k):
         expected = torch.zeros(4)
         for similarity, label in sorted(similar, reverse=True)[:k]:
             expected[label] += math.exp(similarity / 0.07)
-        close(votes[i], expected, rtol=1e-4)    # exp(x / 0.07) makes 14 of a rounding
+        expected /= math.exp(max(similar)[0] / 0.07)    # the nearest has one vote
+        close(votes[i].float(), expected, rtol=1e-4)    # exp(x / 0.07) makes 14 of a rounding
     whole, parts = (evaluate.nearest_neighbors(train_features, test_features, k, most)
                     for most in (2**26, 40))    # two test images at a time
     close(whole[0], parts[0])
     assert torch.equal(whole[1], parts[1])
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-300])
+def test_at_a_tiny_temperature_the_nearest_image_decides(temperature):
+    train_features, test_features, labels = torch.randn(20, 6), torch.randn(7, 6), torch.arange(20)
+    votes = evaluate.knn_votes(train_features, labels, test_features, 9, temperature, 20)
+    nearest = F.cosine_similarity(test_features[:, None], train_features, dim=2).argmax(dim=1)
+    assert torch.equal(votes.argmax(dim=1), nearest)
+    assert votes.isfinite().all() and (votes.amax(dim=1) == 1).all()
 
 
 def test_features_are_the_normed_class_token_of_the_center_crop(tmp_path):
@@ -97,10 +108,33 @@ def test_linear_probes_train_side_by_side_as_if_alone(tmp_path):
     assert (probe.weight - start).abs().max() > 1e-4
 
 
-def test_unreadable_images_end_an_evaluation(tmp_path):
-    folder = image_folder(tmp_path)
-    (folder / "train/class0/broken.png").write_text("no image")
-    images = build_dataset(folder, "train")
-    with pytest.raises(UserError, match="broken.png"):
-        indices = range(len(images))
-        evaluate.extract_features(tiny_vit(), images, indices, 32, torch.device("cpu"))
+def test_unreadable_images_end_an_evaluation_or_are_left_out(tmp_path):
+    """Left out of neighbors and of what is counted: as if they were not there."""
+    cpu, encoder, left_out = torch.device("cpu"), tiny_vit(), []
+    folder, whole = image_folder(tmp_path / "bad", val=5), image_folder(tmp_path / "whole", val=5)
+    for name in ("train/class0/3.png", "val/class1/0.png", "val/class1/4.png"):
+        (folder / name).write_text("no image")
+        (whole / name).unlink()
+    (train, val), expected = ([build_dataset(root, split) for split in ("train", "val")]
+                              for root in (folder, whole))
+    with pytest.raises(UserError, match="3.png"):
+        evaluate.extract_features(encoder, train, range(len(train)), 32, cpu)
+    options = dict(ks=(1, 3, 15), size=32, device=cpu)
+    accuracy = evaluate.knn_accuracy(
+        encoder, train, val, leave_out=lambda *image: left_out.append(image), **options)
+    assert accuracy == evaluate.knn_accuracy(encoder, *expected, **options)
+    assert left_out == [(train, 3), (val, 5), (val, 9)]
+
+
+@pytest.mark.parametrize("name, value, word", [
+    ("norm.bias", math.nan, "norm.bias"),
+    ("norm.weight", 3e38, "features"),    # finite weights whose features are not
+])
+def test_what_is_not_finite_ends_an_evaluation(name, value, word, folder, tmp_path, capsys):
+    state = build_encoder("vit_nano", 32, 8).state_dict()
+    state[name] += value
+    torch.save(state, tmp_path / "vit.pth")
+    flags = ["--pretrained_weights", tmp_path / "vit.pth", "--data_path", folder]
+    line = one_line(capsys, evaluate.main, ["knn", *map(str, flags), "--num_workers", "0"],
+                    program="evaluate.py")
+    assert word in line
