@@ -1,0 +1,176 @@
+"""Repeat the paper's comparisons at a scale that a laptop does in an afternoon.
+
+    python -m extras.study all --jobs 2                   every list on `shapes`, three seeds
+    python -m extras.study all --table                    the tables of what was measured so far
+    python -m extras.study table8 --setting S --data_path tiny-imagenet-40 --dense_path voc-256
+
+A list holds rows of train.py's flags, which follow those of the setting. Each is trained with every
+seed and measured: kNN, linear probe, dense probe (1 x 1 convolution on frozen patches), and how far
+the self-relations of two views differ (Fig. 6). A finished row is a line of
+results/study-SETTING.jsonl. The same command goes on from there. Lists share what they train.
+"""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import evaluate
+import train
+from data import build_dataset
+from extras import visualize
+from support.options import COUNT, SIZE, Parser, flag, switch
+from support.run import TERMS
+
+# A setting: flags of train.py and of each evaluation. A list: rows of name, flags of train.py, and
+# the paper's mIoU on VOC and on ImageNet-S-300. The others are compared with the first row.
+STUDY = json.loads((Path(__file__).parent / "study.json").read_text())
+SETTINGS, LISTS = STUDY["settings"], STUDY["lists"]
+MEASURES = {"kNN": "kNN", "linear": "linear", "dense": "dense mIoU", "spatial": "A_p differs",
+            "channel": "A_c differs", "L_I": "L_I"}
+DIGITS = {"spatial": 3, "channel": 3, "L_I": 2}    # behind the point; others have 1
+
+
+class Colors(nn.Module):
+    """An encoder that sees colors only: their mean, or a histogram of `bins` a channel."""
+
+    def __init__(self, bins):
+        super().__init__()
+        self.bins, self.dim, self.norm = bins, bins**3 or 3, nn.Identity()
+
+    def forward(self, images):
+        if not self.bins:
+            return images.mean(dim=(2, 3))[:, None]                                 # (B, 1, 3)
+        level = (visualize.denormalize(images) * self.bins).long().clamp(0, self.bins - 1)
+        color = (level[:, 0] * self.bins + level[:, 1]) * self.bins + level[:, 2]   # (B, H, W)
+        counts = [torch.bincount(c.flatten(), minlength=self.dim) for c in color]
+        return torch.stack(counts).sqrt()[:, None]                                  # (B, 1, C)
+
+
+def measure(args, flags, seed, folder):
+    """Train and evaluate a row: {measure: number}. What is printed goes to folder/study.log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (open(folder / "study.log", "a") as log, contextlib.redirect_stdout(log),
+          contextlib.redirect_stderr(log)):
+        if flags.startswith("colors"):
+            images = [build_dataset(args.data_path, split) for split in ("train", "val")]
+            encoder, device = Colors(int(flags.split()[1])), torch.device("cpu")
+            return {"kNN": evaluate.knn_accuracy(encoder, *images, 64, device)[20]}
+        return train_and_evaluate(args, flags, seed, folder)
+
+
+def train_and_evaluate(args, flags, seed, folder):
+    setting, started = SETTINGS[args.setting], time.process_time()
+    weights, common = str(folder / "backbone.pth"), ["--seed", str(seed), "--num_workers", "0"]
+    data = ["--data_path", args.data_path]
+    train.main([*setting["train"].split(), *flags.split(), *data, *common,
+                "--output_dir", str(folder)])
+    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    result = {"train_cpu_s": time.process_time() - started} | {name: last[name] for name in TERMS}
+
+    common += ["--pretrained_weights", weights]
+    for task, key, path in (("knn", "kNN", data), ("linear", "linear", data),
+                            ("segment", "dense", ["--data_path", args.dense_path])):
+        found = evaluate.main([task, *common, *path, *setting[task].split()])
+        result[key] = found["mIoU"] if task == "segment" else found["top1"]
+    result["kNN"] = result["kNN"][20]
+    picture = ["--output", str(folder / "invariance.png")]
+    found = visualize.main(
+        ["invariance", *common, *data, *picture, *setting["invariance"].split()])
+    return result | found[weights]
+
+
+def load_results(args):
+    """Return {(flags, seed): record} of the lines in the file that are of this setting."""
+    lines = args.file.read_text().splitlines() if args.file.exists() else []
+    records = [json.loads(line) for line in lines]
+    setting = SETTINGS[args.setting]
+    return {(r["flags"], r["seed"]): r for r in records if r["setting"] == setting}
+
+
+def run(args):
+    """Train and measure the rows that the file lacks, a line each; seeds are outermost."""
+    done, setting = load_results(args), SETTINGS[args.setting]
+    names = {flags: f"{title}, {name}" for title in args.lists for name, flags, *_ in LISTS[title]}
+    missing = [(flags, seed) for seed in args.seeds for flags in names if (flags, seed) not in done]
+    threads, spawn = (os.cpu_count() or 1) // args.jobs, multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (max(1, threads),)) as pool:
+        runs = {}
+        for flags, seed in missing:
+            digest = hashlib.sha256(json.dumps([setting, flags]).encode()).hexdigest()[:8]
+            folder = Path("runs") / "study" / f"{args.setting}-{digest}-{seed}"
+            runs[pool.submit(measure, args, flags, seed, folder)] = flags, seed, folder
+        try:
+            for number, future in enumerate(as_completed(runs), start=1):
+                flags, seed, folder = runs[future]
+                what = f"{number}/{len(runs)} {names[flags]}, seed {seed}"
+                if isinstance(future.exception(), SystemExit):    # it said why
+                    print(f"{what}: failed, see {folder}/study.log", flush=True)
+                    continue
+                record = {"flags": flags, "seed": seed, "setting": setting} | future.result()
+                with open(args.file, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+                print(f"{what}: {future.result()}", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def spread(values, digits, sign=""):
+    """Write a mean ± its standard deviation over seeds; one value alone; or nothing."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.{digits}f}{deviation}" if values else ""
+
+
+def table(title, results):
+    """Print a list in Markdown: what was measured, then differences, paired by seed."""
+    def values(flags, measure):
+        return {seed: record[measure] for (f, seed), record in results.items()
+                if f == flags and measure in record}
+
+    (first, reference, *paper), *others = LISTS[title]
+    columns = " | ".join([*MEASURES.values(), "paper: VOC", "paper: val"])
+    print(f"\n### {title}\n\n| | {columns} |\n{'|---' * (len(MEASURES) + 3)}|")
+    for name, flags, *numbers in LISTS[title]:
+        cells = [spread(list(values(flags, m).values()), DIGITS.get(m, 1)) for m in MEASURES]
+        print(f"| {name} | {' | '.join(cells)} | {' | '.join(str(n or '') for n in numbers)} |")
+    for name, flags, *numbers in others:
+        cells = []
+        for m in MEASURES:
+            ours, theirs = values(flags, m), values(reference, m)
+            paired = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+            cells.append(spread(paired, DIGITS.get(m, 1), "+"))
+        cells += [f"{a - b:+.1f}" if a else "" for a, b in zip(numbers, paper)]
+        print(f"| *{name} − {first}* | {' | '.join(cells)} |")
+
+
+def main(argv=None):
+    """Run a study, or print its tables, as the command line says (sys.argv if None)."""
+    parser = Parser("extras.study", "%(prog)s LIST ... [--flag value ...]")
+    parser.add_argument("lists", nargs="+", choices=["all", *LISTS], metavar="LIST",
+                        help=f"all, or some of {', '.join(LISTS)}")
+    flag(parser, "setting", "shapes", None, "what is trained, and how long", choices=list(SETTINGS))
+    flag(parser, "data_path", "shapes", None, "images with labels, as for train.py")
+    flag(parser, "dense_path", "shapes", None, "images with masks, as for evaluate.py segment")
+    flag(parser, "seeds", [0, 1, 2], COUNT, "of training and evaluation", nargs="+")
+    flag(parser, "jobs", 1, SIZE, "rows at a time, which share the cores")
+    switch(parser, "table", False, "print the tables of what was measured so far")
+    args = parser.parse_args(argv)
+    args.lists = list(LISTS) if "all" in args.lists else args.lists
+    args.file = Path("results") / f"study-{args.setting}.jsonl"
+    args.file.parent.mkdir(exist_ok=True)
+    if not args.table:
+        return run(args)
+    for title in args.lists:
+        table(title, load_results(args))
+
+
+if __name__ == "__main__":
+    main()
