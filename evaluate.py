@@ -273,7 +273,7 @@ def linear(args, encoder, size, processes):
     where = f"{len(held)} held-out images" if held else "val"
     say(f"top-1 {on_val[chosen]:.1f} %, final epoch, lr {args.lr[chosen]:g}, chosen on {where}")
     return {
-        "n_last_blocks": blocks, "avgpool_patchtokens": mean_patch,
+        "images": len(rest), "n_last_blocks": blocks, "avgpool_patchtokens": mean_patch,
         "rates": [dict(zip(("lr", "held_out", "val"), row)) for row in rows],
         "lr": args.lr[chosen], "top1": on_val[chosen],
     }

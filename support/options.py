@@ -437,7 +437,7 @@ def add_finetune_flags(parser):
     flag(parser, "train_fraction", 1.0, "(0, 1]", "of each class's training images, drawn with the "
          "seed")
     flag(parser, "train_list", None, None, "file of training images, a name a line, as the "
-         "published 1 %% and 10 %% lists", metavar="FILE")
+         "published 1 %% and 10 %% lists; in place of --train_fraction", metavar="FILE")
 
 
 # Flags of segment that belong to one head, with their defaults; None: it depends on the data set.

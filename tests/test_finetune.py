@@ -318,14 +318,15 @@ def test_finetune_from_the_command_line_and_again(command, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", [["--avgpool_patchtokens"], ["--no-avgpool_patchtokens"]])
 def test_a_fine_tuned_model_can_be_loaded(flags, command):
-    """Its logits are those of the weights in the file, by hand."""
-    path = evaluate.main([*command, *flags, "--lr", "1", "--image_size", "48"])["checkpoint"]
+    """Its logits are those of the weights in the file, by hand; shapes don't tell its heads."""
+    flags = [*flags, "--lr", "1", "--image_size", "48", "--heads", "6"]
+    path = evaluate.main([*command, *flags])["checkpoint"]
     classifier, images = finetune.load_classifier(path), torch.randn(2, 3, 48, 48)
     encoder, state = load_encoder(path), torch.load(path, weights_only=True)["model"]
     tokens = encoder(images)
-    pooled = tokens[:, 1:].mean(dim=1) if flags == ["--avgpool_patchtokens"] else tokens[:, 0]
+    pooled = tokens[:, 1:].mean(dim=1) if "--avgpool_patchtokens" in flags else tokens[:, 0]
     close(classifier(images), encoder.norm(pooled) @ state["head.weight"].T + state["head.bias"])
-    assert classifier.image_size == 48 and not classifier.training
+    assert classifier.image_size == 48 and not classifier.training and encoder.heads == 6
 
 
 @pytest.mark.parametrize("flags, word", [
@@ -338,6 +339,7 @@ def test_bad_flags_get_one_line(flags, word, command, capsys):
     assert word in one_line(capsys, evaluate.main, [*command, *flags], program="evaluate.py")
 
 
+@pytest.mark.slow
 def test_a_bad_image_gets_one_line_from_a_worker_too(command, tmp_path):
     """In a program of its own, with which its workers end."""
     bad = image_folder(tmp_path / "bad", train=2, val=1) / "train/class0/0.png"
@@ -411,6 +413,7 @@ def test_held_out_images_choose_the_rate(holdout, best, linear, tmp_path):
     on_val = {row["lr"]: row["val"] for row in result["rates"]}
     assert result["top1"] == on_val[result["lr"]] == best(on_val.values())
     assert min(on_val.values()) < max(on_val.values())
+    assert result["images"] == (16 if holdout == "0" else 12)
 
 
 @pytest.mark.parametrize("flags, blocks, mean_patch", [
