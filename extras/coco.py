@@ -18,8 +18,8 @@ from torchvision import tv_tensors
 from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid, save_image
 
-from data import decode
 from support.errors import UserError
+from support.files import decode
 
 try:
     from pycocotools import mask as rle
