@@ -15,7 +15,8 @@ def run(args, encoder, size, processes):
     or the image's number where it has no file. A label is -1 where it is not known.
     """
     check_output("output", args.output)
-    images, processes.working = build_dataset(args.data_path, args.split), True
+    images = build_dataset(args.data_path, args.split, args.label_depth)
+    processes.working = True
     features, labels = extract_features(
         encoder, images, range(len(images)), size, processes.device, args.batch_size_per_gpu,
         args.num_workers, progress="features",
