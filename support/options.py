@@ -532,6 +532,7 @@ def add_export_flags(parser):
 
 def add_features_flags(parser):
     add_data_flags(parser)
+    add_label_flags(parser)
     flag(parser, "split", "train", None, "which images, where --data_path has train/ and val/ or "
          "is a name", choices=["train", "val"])
     flag(parser, "output", None, None, "file to write, for torch.load", required=True,
