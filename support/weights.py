@@ -26,7 +26,7 @@ HARMLESS = [argparse.Namespace, np.dtype, np.float64, type(np.dtype(np.float64))
 HARMLESS += [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 # Parts of PyTorch's errors, and what they mean. Its own advice, to load unsafely, is not passed on.
-UNREADABLE = (
+REASONS = (
     (r"GLOBAL (\S+)", "holds objects of {} beside tensors and plain values; they could run code, "
      "so it is not loaded: save its state dict alone"),
     (r"TorchScript()", "is a TorchScript program: save its state dict instead"),
@@ -76,7 +76,7 @@ def read_file(path):
         raise UserError(f"{path} is a safetensors file; to read it, `pip install safetensors`"
                         ) from error
     except Exception as error:    # PyTorch and safetensors raise many kinds
-        match, what = next((m, what) for pattern, what in UNREADABLE
+        match, what = next((m, what) for pattern, what in REASONS
                            if (m := re.search(pattern, str(error))))
         raise UserError(f"{path} {what.format(match[1])}") from error
 
