@@ -78,25 +78,35 @@ def locked(lock, path):
         os.close(lock)
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """Open a binary file that takes the place of `path` once it is whole, and on the disk."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    if os.name == "posix":    # the new name has to reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
 def save(state, path):
     """Save like torch.save, but leave either the old file or the new one, whole.
 
     Raises UserError where it could not be written.
     """
-    temporary = path.with_name(path.name + ".part")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":    # the new name has to reach the disk too
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         cause = error    # PyTorch's writer hides the disk's word behind one of its own
         while not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__

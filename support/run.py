@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import platform
 import shlex
 import shutil
@@ -33,7 +32,7 @@ from evaluate import knn_accuracy
 from model import ARCHITECTURES
 from relations import spatial_relation
 from sampler import overlap
-from support.checkpoint import find_checkpoint, restore, save
+from support.checkpoint import find_checkpoint, replacing, restore, save
 from support.distributed import average_over_processes
 from support.errors import UserError
 from support.inputs import evaluation_crop
@@ -133,7 +132,8 @@ class Run:
                          "torchvision": torchvision.__version__},
         }
         text = json.dumps(vars(self.args) | facts, indent=2) + "\n"
-        (self.folder / "args.json").write_text(text)
+        with replacing(self.folder / "args.json") as file:
+            file.write(text.encode())
 
     def say(self, text):
         """Print a line, in the first process, above the progress bar."""
@@ -379,9 +379,10 @@ class Run:
             return
         self.draw_attention()
         if self.step < self.steps:
-            beyond = "which is beyond" if self.step > self.last_step else "as"
-            self.say(f"stopped after step {self.step} of {self.steps}, {beyond} --max_steps "
-                     f"{self.args.max_steps}; rerun with a larger one, or without, to go on")
+            end = (f"stopped after step {self.step} of {self.steps}" if self.step == self.last_step
+                   else f"nothing to do: step {self.step} of {self.steps} was done before")
+            self.say(f"{end}, as --max_steps is {self.args.max_steps}; rerun with a larger one, or "
+                     "without, to go on")
         elif len(labeled(self.images)):
             self.say(f"done. What it is worth: {self.evaluation()}")
         else:
@@ -449,9 +450,8 @@ class Log:
                 if 0 < step >= values["step"]:
                     kept.append(line + "\n")
                     self.epochs |= {values["step"]} if values["kind"] == "epoch" else set()
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            file.write("".join(kept).encode())
         self.file = open(path, "a", buffering=1)
 
     def write(self, *, kind, step, **values):
