@@ -16,7 +16,8 @@ from PIL import ImageColor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.ops import box_convert, clip_boxes_to_image
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid, save_image
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from support.errors import UserError
 from support.files import decode
@@ -122,7 +123,8 @@ def draw_objects(image, target, names):
         return image
     hues = (137 * i % 360 for i in range(len(target["boxes"])))    # neighbors differ most
     colors = [ImageColor.getrgb(f"hsl({hue}, 90%, 40%)") for hue in hues]
-    image = draw_segmentation_masks(image, target["masks"].bool(), alpha=0.4, colors=colors)
+    for mask, color in zip(target["masks"].bool(), colors):    # all at once, overlaps become black
+        image = draw_segmentation_masks(image, mask, alpha=0.4, colors=[color])
     return draw_bounding_boxes(
         image, target["boxes"], names, colors, width=2, label_colors="white", fill_labels=True)
 
@@ -132,15 +134,16 @@ def draw_pictures(path, detect, images, number):
 
     detect: image -> detections, as CocoImages.results takes them.
     """
-    pictures, names = [], list(images.names[category] for category in images.categories)
+    rows, names = [], [images.names[category] for category in images.categories]
     for i in range(min(number, len(images))):
         image, target = images[i]
         found = detect(image)
         sure = {name: x[found["scores"] > DRAWN].cpu() for name, x in found.items()}
         sure["masks"] = sure["masks"][:, 0] > MASK
-        for objects in (target, sure):
-            labels = [names[label - 1] for label in objects["labels"].tolist()]
-            pictures.append(draw_objects(image.as_subclass(torch.Tensor), objects, labels))
-    h, w = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
-    pictures = [F.pad(p, (0, w - p.shape[2], 0, h - p.shape[1]), value=255) for p in pictures]
-    save_image(make_grid(torch.stack(pictures).float() / 255, nrow=2, pad_value=1.0), path)
+        pair = [draw_objects(image.as_subclass(torch.Tensor), objects,
+                             [names[label - 1] for label in objects["labels"].tolist()])
+                for objects in (target, sure)]
+        rows.append(torch.cat([F.pad(picture, (2, 2, 2, 2), value=255) for picture in pair], dim=2))
+    width = max(row.shape[2] for row in rows)
+    rows = [F.pad(row, (0, width - row.shape[2]), value=255) for row in rows]
+    to_pil_image(torch.cat(rows, dim=1)).save(path)
