@@ -112,12 +112,15 @@ def test_without_a_terminal_progress_is_lines(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_unreadable_images_are_named_and_counted_in_the_log(tmp_path, capsys):
+def test_unreadable_images_are_counted_in_the_log_and_named_once(tmp_path, capsys):
     folder = image_folder(tmp_path / "images")
-    (folder / "train/class0/!text.jpg").write_text("not an image")
-    run(folder, tmp_path / "run", "--epochs", 2, "--batch_size_per_gpu", 17, "--knn_every", 0)
-    assert [line.get("unreadable") for line in lines_of(tmp_path / "run")] == [1, None, 1, None]
-    assert capsys.readouterr().err.count("!text.jpg can't") == 1    # once in a run
+    for split in ("train", "val"):
+        (folder / split / "class0/!text.jpg").write_text("not an image")
+    run(folder, tmp_path / "run", "--epochs", 2, "--batch_size_per_gpu", 17, "--knn_every", 1)
+    unreadable = [line.get("unreadable") for line in lines_of(tmp_path / "run")]
+    assert unreadable == [None, 1, None, 1, None]    # kNN, a step, kNN, ...
+    said = capsys.readouterr().err
+    assert [said.count(f"{split}/class0/!text.jpg can't") for split in ("train", "val")] == [1, 1]
 
 
 def test_images_without_labels_train_without_knn(folder, tmp_path):
