@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from data import Batches
-from support.checkpoint import find_checkpoint, output_folder, save
+from support.checkpoint import find_checkpoint, output_folder, restore, save
 from support.distributed import world
 from support.errors import UserError
 from support.inputs import autocast
@@ -180,9 +180,7 @@ def resume(parts, steps, path, arguments, unit):
     checkpoint = find_checkpoint(path, arguments, REMEDY)
     if not checkpoint:
         return 0
-    for name, part in parts.items():
-        part.load_state_dict(checkpoint[name])
-    done, (name, size) = checkpoint["step"], unit
+    done, (name, size) = restore(parts, checkpoint, path, "step", steps), unit
     if world()[0] == 0:
         print(f"{path}: resuming after {name} {done // size} of {steps // size}" if done < steps
               else f"{path}: trained before; measured again", flush=True)

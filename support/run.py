@@ -181,9 +181,10 @@ class Run:
             yield batch
 
     def complain(self, line):
-        """Print a line about an image that can't be read, once in a run and process."""
-        if line not in self.named:
-            self.named.add(line)
+        """Print "an image can't be read: why; what is done", once an image and process."""
+        fault = line.rpartition(";")[0]
+        if fault not in self.named:
+            self.named.add(fault)
             say(line, sys.stderr)
 
     def add(self, losses):

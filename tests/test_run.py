@@ -20,6 +20,7 @@ import evaluate
 import support.run
 import train
 from model import build_encoder
+from support.checkpoint import output_folder
 from support.optim import cosine_schedule
 from support.options import parse_train_args
 from support.progress import progress
@@ -112,12 +113,15 @@ def test_without_a_terminal_progress_is_lines(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_unreadable_images_are_named_and_counted_in_the_log(tmp_path, capsys):
+def test_unreadable_images_are_counted_in_the_log_and_named_once(tmp_path, capsys):
     folder = image_folder(tmp_path / "images")
-    (folder / "train/class0/!text.jpg").write_text("not an image")
-    run(folder, tmp_path / "run", "--epochs", 2, "--batch_size_per_gpu", 17, "--knn_every", 0)
-    assert [line.get("unreadable") for line in lines_of(tmp_path / "run")] == [1, None, 1, None]
-    assert capsys.readouterr().err.count("!text.jpg can't") == 1    # once in a run
+    for split in ("train", "val"):
+        (folder / split / "class0/!text.jpg").write_text("not an image")
+    run(folder, tmp_path / "run", "--epochs", 2, "--batch_size_per_gpu", 17, "--knn_every", 1)
+    unreadable = [line.get("unreadable") for line in lines_of(tmp_path / "run")]
+    assert unreadable == [None, 1, None, 1, None]    # kNN, a step, kNN, ...
+    said = capsys.readouterr().err
+    assert [said.count(f"{split}/class0/!text.jpg can't") for split in ("train", "val")] == [1, 1]
 
 
 def test_images_without_labels_train_without_knn(folder, tmp_path):
@@ -330,14 +334,21 @@ def test_a_signal_saves_and_the_same_command_resumes(
     assert_same_run(tmp_path, uninterrupted)
 
 
+def in_another_process(*arguments):
+    """Call `run` in a process of its own; return its exit code."""
+    process = multiprocessing.get_context("fork").Process(target=run, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_the_process_at_once(number, folder, begun, monkeypatch, capfd):
     before = (begun / "checkpoint.pth").read_bytes()
     interrupt(monkeypatch, 2, number, number)
-    process = multiprocessing.get_context("fork").Process(target=run, args=(folder, begun))
-    process.start()
-    process.join()
-    assert process.exitcode == -number and "Traceback" not in capfd.readouterr().err
+    assert in_another_process(folder, begun) == -number
+    said = capfd.readouterr().err
+    assert "stopping" in said and "Traceback" not in said
     assert (begun / "checkpoint.pth").read_bytes() == before
 
 
@@ -446,17 +457,12 @@ def test_a_gpu_without_memory_is_one_line(folder, begun, monkeypatch, capsys):
         assert "20 GiB" in line and "--batch_size_per_gpu" in line
 
 
-def test_the_second_of_two_runs_in_a_folder_is_refused(folder, tmp_path, monkeypatch, capsys):
-    update_teacher, calls = train.update_teacher, []
-
-    def run_again(*args):
-        if not calls:
-            calls.append(1)
-            one_line(capsys, run, folder, tmp_path, "--max_steps", 1)
-        update_teacher(*args)
-
-    monkeypatch.setattr(train, "update_teacher", run_again)
-    run(folder, tmp_path, "--max_steps", 2, "--knn_every", 0)
+def test_the_second_of_two_processes_in_a_folder_is_refused(folder, tmp_path, capfd):
+    """Until the first ends, however it does."""
+    with output_folder(tmp_path, is_main=True):
+        assert in_another_process(folder, tmp_path) == 2
+    assert "another run is at work" in capfd.readouterr().err
+    assert in_another_process(folder, tmp_path, "--max_steps", 1, "--knn_every", 0) == 0
 
 
 # --- what learns ----------------------------------------------------------------------------------
