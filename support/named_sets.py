@@ -178,20 +178,20 @@ class Shapes(Dataset):
         paper = radius < rng.uniform(0.38, 0.6) + wobble
 
         # the print: a lattice of cells, slightly turned, a shape in each
-        turn, cells = rng.uniform(-0.15, 0.15), rng.uniform(4.5, 6.5)
+        turn, cells = rng.uniform(-0.15, 0.15), rng.uniform(3.5, 5)
         a = (np.cos(turn) * x + np.sin(turn) * y) * cells + rng.uniform()
         b = (np.cos(turn) * y - np.sin(turn) * x) * cells + rng.uniform()
         row, column = np.round(a).astype(int), np.round(b).astype(int)
         shape = list(SHAPES.values())[label]
         distance = shape(a - row, b - column) * self.SIZE / cells    # in pixels
-        ink = rng.uniform(-0.7, -0.2, (3, 256))    # a color a cell
-        ink = ink.astype(np.float32).take(row % 16 * 16 + column % 16, axis=1)
+        ink = rng.uniform(-0.7, -0.2, (3, 256)).astype(np.float32)    # a color a cell
+        ink = ink.take(row % 16 * 16 + column % 16, axis=1) * np.clip(0.5 - distance, 0, 1)
 
         hue = label / len(SHAPES) + rng.normal(0, self.HUE_DEVIATION)
         tint = 0.15 * np.cos(2 * np.pi * (hue - np.arange(3) / 3))    # of red, green, blue
-        ink = rng.uniform(0.4, 1.2) * ink * np.clip(0.5 - distance, 0, 1)
-        printed = tint[:, None, None] + rng.uniform(-0.2, 0.2) + ink
-        image = np.where(paper, printed, rng.uniform(-0.5, 0.1, (3, 1, 1)))
+        printed = tint[:, None, None] + rng.uniform(-0.1, 0.1) + rng.uniform(0.5, 1) * ink
+        ground = rng.uniform(-0.4, 0) + rng.uniform(-0.1, 0.1, (3, 1, 1))
+        image = np.where(paper, printed, ground)
         image += 0.03 * rng.standard_normal(image.shape, np.float32)
         image += 0.5 - image.mean()
         image = torch.from_numpy((255 * image.clip(0, 1)).astype(np.uint8))

@@ -1,15 +1,17 @@
 """The study: its rows are commands, it goes on where it stopped, its tables are of its lines."""
 
 import json
-import statistics
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import image_folder, picture
-from PIL import Image
+from helpers import close, image_folder, picture
+from torchvision.transforms.v2.functional import to_pil_image
 
+import train
 from augment import normalize
-from extras.study import LISTS, SETTINGS, Colors, main
+from extras.study import LISTS, MEASURES, SETTINGS, Colors, main, measure
 from support.options import parse_evaluate_args, parse_train_args
 
 
@@ -36,33 +38,39 @@ def test_color_encoders_see_nothing_but_colors(bins, dim):
 
 
 @pytest.mark.slow
+def test_a_row_is_trained_and_measured_by_the_real_programs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, dense = image_folder(tmp_path / "images", train=32), tmp_path / "dense"
+    for split in ("train", "val"):
+        for part, pixels in (("images", picture(48, 48)), ("masks", picture(48, 48)[:1] // 128)):
+            (dense / split / part).mkdir(parents=True)
+            to_pil_image(pixels).save(dense / split / part / "0.png")
+    args = SimpleNamespace(setting="shapes", data_path=str(images), dense_path=str(dense))
+    found = measure(args, "--lr 0 --min_lr 0 --max_steps 1", 0, tmp_path / "run")
+    assert set(MEASURES) <= set(found) and all(math.isfinite(x) for x in found.values())
+    # A step at learning rate 0 leaves the encoder untrained.
+    torch.manual_seed(0)
+    _, untrained = train.build_networks(parse_train_args(["--recipe", "demo"]))
+    saved = torch.load(tmp_path / "run" / "backbone.pth", weights_only=True)
+    for name, value in untrained.backbone.state_dict().items():
+        close(saved[name], value)
+
+
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    images = image_folder(tmp_path / "images", train=32)
-    for split in ("train", "val"):
-        for part in ("images", "masks"):
-            (tmp_path / "dense" / split / part).mkdir(parents=True)
-        for i in range(4):
-            image = picture(48, 48 + i)
-            mask = (image[0] > 128).to(torch.uint8)
-            Image.fromarray(image.movedim(0, 2).numpy()).save(
-                tmp_path / "dense" / split / "images" / f"{i}.png")
-            Image.fromarray(mask.numpy()).save(tmp_path / "dense" / split / "masks" / f"{i}.png")
-    paths = ["--data_path", str(images), "--dense_path", str(tmp_path / "dense")]
-    file = tmp_path / "results" / "study-shapes.jsonl"
+    command = ["colors", "--data_path", str(image_folder(tmp_path / "images", classes=3))]
+    main([*command, "--seeds", "1"])
+    main([*command, "--seeds", "0", "1"])
+    lines = (tmp_path / "results" / "study-shapes.jsonl").read_text().splitlines()
+    records = {(r["flags"], r["seed"]): r["kNN"] for r in map(json.loads, lines)}
+    assert len(lines) == len(records) == 4
 
-    main(["table7-dino", "--seeds", "0", *paths])
-    main(["table7-dino", "--seeds", "0", "1", "--jobs", "2", *paths])
-    before = file.read_text()
-    main(["table7-dino", "--seeds", "0", "1", *paths])    # nothing is left to do
-    assert file.read_text() == before
-    records = [json.loads(line) for line in before.splitlines()]
-    assert sorted((r["flags"], r["seed"]) for r in records) == sorted(
-        (flags, seed) for _, flags, *_ in LISTS["table7-dino"] for seed in (0, 1))
-
+    # Invented numbers, to know the paired difference of.
+    for (flags, seed), kNN in zip(sorted(records), (10, 20, 40, 60)):
+        line = json.loads(lines[0]) | {"flags": flags, "seed": seed, "kNN": kNN}
+        lines.append(json.dumps(line))
+    (tmp_path / "results" / "study-shapes.jsonl").write_text("\n".join(lines))
     capsys.readouterr()
-    main(["table7-dino", "--table"])
-    spatial = {(r["flags"], r["seed"]): r["spatial"] for r in records}
-    paired = [spatial["", seed] - spatial["--alpha 0 --beta 0", seed] for seed in (0, 1)]
-    shown = f"{statistics.mean(paired):+.3f} ± {statistics.stdev(paired):.3f}"
-    assert shown in capsys.readouterr().out.splitlines()[-1]
+    main(["colors", "--table"])
+    assert "| +35.0 ± 7.1 |" in capsys.readouterr().out    # 40 - 10 and 60 - 20
