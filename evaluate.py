@@ -211,11 +211,11 @@ def probe_accuracies(probes, images, indices, size, device, args):
 
 def build_labeled(args):
     """Return the training and validation images of a classification task."""
-    train = build_dataset(args.data_path, "train", args.label_depth)
+    train = build_dataset(args.data_path, "train", args.label_depth, args.classes)
     if not len(labeled(train)):
         raise UserError(f"no labels: {train.unlabeled}; it takes a folder for each class in train/ "
                         "and val/")
-    val = build_dataset(args.data_path, "val", args.label_depth)
+    val = build_dataset(args.data_path, "val", args.label_depth, args.classes)
     if not len(labeled(val)):
         raise UserError(f"{args.data_path} has no labels in val/: it takes a folder for each class")
     check_alike(args, train=train, val=val)

@@ -28,7 +28,7 @@ def run(args, encoder, size, processes):
     can't be read are left out.
     """
     check_output("output", args.output)
-    images = build_dataset(args.data_path, args.split, args.label_depth)
+    images = build_dataset(args.data_path, args.split, args.label_depth, args.classes)
     processes.working = True
     features, labels = extract_features(
         encoder, images, range(len(images)), size, processes.device, args.batch_size_per_gpu,

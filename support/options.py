@@ -173,8 +173,6 @@ def add_run_flags(parser):
     flag(g, "data_path", None, None, "folder with train/ and val/, any folder of images (labels "
          f"not needed), or a name: {', '.join(NAMES)}")
     add_label_flags(g)
-    flag(g, "classes", None, None, "use only the class folders in this file, a name a line: "
-         "ImageNet-S-300 in a folder of ImageNet-1K", metavar="FILE")
     flag(g, "output_dir", None, None, "where everything is written, runs/RECIPE if not given; "
          "rerun the same command to resume the run there")
     switch(g, "overwrite", False, "delete any existing run in output_dir")
@@ -391,6 +389,8 @@ def add_data_flags(parser, batch_size=128, batch="images of a process and forwar
 def add_label_flags(parser):
     flag(parser, "label_depth", None, SIZE, "level of the class folders below train/ and val/: 1 "
          "for train/class/, 2 for train/group/class/; asked for where it is not clear", kind=int)
+    flag(parser, "classes", None, None, "use only the class folders in this file, a name a line: "
+         "ImageNet-S-300 in a folder of ImageNet-1K", metavar="FILE")
 
 
 def add_epochs_flags(parser):

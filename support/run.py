@@ -398,6 +398,8 @@ class Run:
             command += ["--heads", str(heads)]
         if args.label_depth:
             command += ["--label_depth", str(args.label_depth)]
+        if args.classes:
+            command += ["--classes", args.classes]
         return shlex.join(command)
 
 
