@@ -166,6 +166,16 @@ def configure(args, device):
         torch.backends.cudnn.benchmark = not args.deterministic
 
 
+def check_compiler(device):
+    """Raise UserError where torch.compile lacks something on this machine."""
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except Exception as error:    # of many kinds, by what is lacking
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"torch.compile does not work here: {reason}. Install what it needs (a C++ "
+                        "compiler, mostly), or give --no-compile") from error
+
+
 def world():
     """Return (rank, number of processes)."""
     if dist.is_available() and dist.is_initialized():

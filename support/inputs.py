@@ -40,8 +40,10 @@ class Transformed(Dataset):
         except UserError:
             if not self.tolerant:
                 raise
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), UNREADABLE
-        return self.transform(image), label
+            image, label = torch.zeros(3, self.size, self.size, dtype=torch.uint8), UNREADABLE
+        # Tensors come to lie in shared memory right here, where its lack is an error. For numbers
+        # that is tried in a thread, whose error is lost, and the batch is waited for in vain.
+        return self.transform(image), torch.tensor(label)
 
 
 def share_loader(images, indices, size, device, batch_size, num_workers, tolerant=False):

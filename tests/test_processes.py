@@ -1,36 +1,43 @@
 """Real processes: two under torchrun, one that is killed, whole command lines; and CUDA.
 
-Two processes run this file, with torchrun; what they save is compared with one process here.
+Two processes run this file, with torchrun; what they save is compared with one process here. How
+processes fail, and what they must have in common, is tried in forks of one that has PyTorch loaded.
 """
 
-import contextlib
-import io
+import argparse
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import SMALL, assert_same_run, close, image_folder, log_of, run
+from helpers import SMALL, assert_same_run, close, image_folder, log_of, one_line, run
 from test_stored_losses import VARIANTS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 
 import evaluate
 import train
 from data import build_dataset
 from extras.resnet import BatchNorm2d
-from support.distributed import BatchNorm, average_over_processes
+from support.distributed import BatchNorm, Processes, average_over_processes
+from support.errors import UserError
 from support.options import parse_train_args
 from support.weights import load_encoder
+from support.workers import check_shared_memory
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,8 +126,8 @@ def features_of(weights, images):
 
 
 def train_flags(batch_size):
-    return ["--batch_size_per_gpu", batch_size, "--max_steps", 3, "--drop_path_rate", 0,
-            "--lr", 0.001, "--warmup_epochs", 0]
+    return ["--batch_size_per_gpu", batch_size, "--grad_accum_steps", 2, "--max_steps", 3,
+            "--drop_path_rate", 0, "--lr", 0.001, "--warmup_epochs", 0]
 
 
 def task_command(task, weights, images, batch_size, *rest):
@@ -132,25 +139,19 @@ def task_command(task, weights, images, batch_size, *rest):
 def one_of_two(images, weights, output):
     """Do and save what is compared, as one of two processes."""
     dist.init_process_group("gloo", timeout=timedelta(minutes=2))    # then nobody is waited for
-    rank, error = dist.get_rank(), io.StringIO()
-    bad = image_folder(output / f"bad{rank}", train=2)
-    for name in ("0", "1"):    # the first of each process
-        (bad / f"train/class0/{name}.png").write_text("not an image")
+    rank = dist.get_rank()
     with pytest.MonkeyPatch.context() as patch:    # programs share a group: it can't be made anew
         for name in ("init_process_group", "destroy_process_group"):
             patch.setattr(dist, name, lambda *_, **__: None)
-        run(images, output / "two", *train_flags(4))
+        run(images, output / "two", *train_flags(2))
         results = {task: evaluate.main(task_command(
             task, weights, images, 4, "--output_dir", output / task)) for task in TASKS}
-        with contextlib.redirect_stderr(error), contextlib.suppress(SystemExit):
-            evaluate.main(task_command("knn", weights, bad, 4))
     torch.save({
         "steps": {variant: step_of(variant, rank, 2) for variant in SHARED},
         "norms": {kind: normalized(kind, slice(4 * rank, 4 * rank + 4))
                   for kind in ("tokens", "plain", "maps")},
         "features": features_of(weights, images),
         "top1": {task: result["top1"] for task, result in results.items()},
-        "error": error.getvalue(),
     }, output / f"{rank}.pth")
     dist.destroy_process_group()
 
@@ -220,7 +221,7 @@ def test_batch_norm_over_processes_is_torchs(kind, two):
 
 @pytest.mark.slow
 def test_training_in_two_processes_of_B_equals_one_of_2B(folder, two, tmp_path):
-    run(folder, tmp_path, *train_flags(8))
+    run(folder, tmp_path, *train_flags(4))
     (losses, knn), (expected, expected_knn) = log_of(two[0] / "two"), log_of(tmp_path)
     assert losses.keys() == expected.keys() == {1, 2, 3} and knn == expected_knn
     for step, row in expected.items():    # weights part by rounding, which AdamW magnifies
@@ -252,11 +253,153 @@ def test_evaluation_in_two_processes_of_B_equals_one_of_2B(
             close(a[key], b[key], rtol=1e-3, atol=1e-3 * b[key].abs().max().item())
 
 
+# --- processes that differ or fail ----------------------------------------------------------------
+
+
+def start(folder, function, *arguments, environment=None):
+    """Start function(*arguments) in a process, in a folder; what it prints goes to "output"."""
+    folder.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "torch._dynamo", "torchvision.transforms.v2"])
+    process = context.Process(target=be, args=(folder, environment or {}, function, arguments))
+    process.start()
+    return process
+
+
+def be(folder, environment, function, arguments):
+    """Be such a process."""
+    os.chdir(folder)
+    os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
+    output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def together(root, function, *arguments):
+    """Run function(*arguments) in two processes that meet, in root/0 and root/1.
+
+    Return the exit status and the output of each.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    folders = [root / "0", root / "1"]
+    processes = [start(folder, function, *arguments, environment=meeting | {"RANK": folder.name})
+                 for folder in folders]
+    for process in processes:
+        process.join(600)
+    for process in processes:
+        process.kill()    # if it was waited for in vain
+        process.join()
+    return [(process.exitcode, (folder / "output").read_text())
+            for process, folder in zip(processes, folders)]
+
+
+def fail_in_one(error):
+    """Raise an error in process 1, while process 0 waits for it."""
+    with Processes("program") as processes:
+        processes.working = True
+        if processes.rank == 1:
+            raise error
+        processes.sum(1)
+
+
 @pytest.mark.slow
-def test_every_process_that_fails_says_so_with_its_rank(two):
-    for rank, saved in enumerate(two[1]):
-        (line,) = saved["error"].splitlines()
-        assert f"process {rank}" in line and f"{rank}.png" in line
+@pytest.mark.parametrize("error, status, said", [
+    (UserError("a mistake"), 1, r"program: error \(process 1\): a mistake\n"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nDetails"), 1,
+     r"program: error \(process 1\): .*20 GiB.*--batch_size_per_gpu\n"),
+    (ValueError("a bug"), 1, r"program: process 1 failed:\nTraceback(.|\n)*ValueError: a bug\n"),
+    (KeyboardInterrupt(), 130, ""),
+])
+def test_a_process_that_fails_says_so_and_no_other_waits_for_it(error, status, said, tmp_path):
+    (other_status, other), (own_status, own) = together(tmp_path, fail_in_one, error)
+    assert own_status == status and re.fullmatch(said, own)
+    assert other_status == 1 and re.fullmatch(r"program: error \(process 0\): another .*\n", other)
+
+
+def train_alone(flags, own=((), ())):
+    """Train with flags, and those of this process's own, on images/ of the working directory."""
+    own = own[int(os.environ["RANK"])]
+    train.main([*SMALL, "--data_path", "images", "--output_dir", "run", *flags, *own])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change, own, words", [
+    (lambda images: (images / "0.png").unlink(), ((), ()), ("15 images", "16 images")),
+    (lambda images: (images / "0.png").rename(images / "8.png"), ((), ()), ("16 images",)),
+    (lambda images: None, ((), ("--alpha", "2")), ("--alpha", "2", "1")),
+])
+def test_processes_with_other_images_or_arguments_are_told(change, own, words, tmp_path):
+    for rank in "01":
+        images = image_folder(tmp_path / rank / "images")
+    change(images / "train/class0")
+    for rank, (status, output) in enumerate(together(tmp_path, train_alone, (), own)):
+        (line,) = output.splitlines()
+        assert status == 2 and f"(process {rank}): process 1 differs" in line
+        assert all(word in line for word in words)
+
+
+@pytest.mark.slow
+def test_knn_while_training_goes_on_without_unreadable_images(tmp_path):
+    """In one of two folders only: each process names what it can't read, once."""
+    for rank in "01":
+        images = image_folder(tmp_path / rank / "images")
+    for name in ("train/class0/3", "val/class1/1"):    # of process 1's share
+        (images / f"{name}.png").write_text("not an image")
+    flags = ("--epochs", "2", "--knn_every", "1")
+    (status, output), (other_status, other) = together(tmp_path, train_alone, flags)
+    assert status == other_status == 0 and "png" not in output and "val/class1/1.png" in other
+    assert all(other.count(f"{name}.png can't") >= 1 for name in ("class0/3", "class1/1"))
+    assert len({*other.splitlines()}) == len(other.splitlines())
+    assert list(log_of(tmp_path / "0/run")[1]) == [0, 2, 4]
+
+    # The same command goes on where its folder is one for all.
+    for status, output in together(tmp_path, train_alone, flags):
+        assert status == 2 and "different checkpoints" in output
+
+
+def accumulate(images, drop_path_rate):
+    """Train a step of two micro-batches, the same in all processes; save what is compared."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    flags = ["--grad_accum_steps", 2, "--drop_path_rate", drop_path_rate, "--optimizer", "sgd",
+             "--lr", 2 / processes, "--warmup_epochs", 0, "--data_path", images]
+    args, data = parse_train_args([*SMALL, *map(str, flags)]), build_dataset(images, "train")
+    alone = argparse.Namespace(rank=0, size=1, device=torch.device("cpu"))
+    batch, synchronized = next(iter(train.build_loader(args, data, alone)))[0], []
+    with Processes("program") as processes:
+        train.configure(args, processes.device)
+        training = train.Training(args, processes, len(data))
+        training.distribute()
+        training.network.register_forward_pre_hook(lambda network, _: synchronized.append(
+            processes.distributed and network.require_backward_grad_sync))
+        losses = training.step(0, itertools.repeat(batch)).losses
+    torch.save({"losses": losses, "synchronized": synchronized,
+                "student": training.student.state_dict(),
+                "teacher": training.teacher.state_dict()}, "saved.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drop_path_rate", [0, 0.5])
+def test_accumulated_gradients_are_averaged_once_and_weights_stay_equal(
+        drop_path_rate, folder, tmp_path, monkeypatch):
+    """With stochastic depth each process draws its own; without it all do as one alone."""
+    ended = together(tmp_path, accumulate, folder, drop_path_rate)
+    assert [status for status, _ in ended] == [0, 0], ended
+    a, b = (torch.load(tmp_path / rank / "saved.pth", weights_only=True) for rank in "01")
+    assert a["synchronized"] == b["synchronized"] == [False, True]
+    for network in ("student", "teacher"):
+        assert all(torch.equal(a[network][name], value) for name, value in b[network].items())
+    assert torch.equal(a["losses"], b["losses"]) == (drop_path_rate == 0)
+    if drop_path_rate == 0:
+        monkeypatch.chdir(tmp_path)
+        accumulate(folder, 0)
+        expected = torch.load("saved.pth", weights_only=True)
+        close(a["losses"], expected["losses"])
+        for name, value in expected["student"].items():
+            close(a["student"][name], value, rtol=1e-4, atol=1e-5)    # of 16 images, or twice 8
 
 
 # --- one process ----------------------------------------------------------------------------------
@@ -307,6 +450,57 @@ def test_a_failing_program_leaves_no_worker_behind(tmp_path, uninterrupted):
                    folder, "--num_workers", 2, "--batch_size_per_gpu", 1)
     assert done.returncode == 1 and "0.png" in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def interrupt_twice(folder):
+    """Train, with two Ctrl-C in the first step."""
+    train.update_teacher = lambda *_: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    run(folder, "run", "--knn_every", 0)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once_without_a_stack(folder, tmp_path):
+    process = start(tmp_path, interrupt_twice, folder)
+    process.join(600)
+    assert process.exitcode == -signal.SIGINT
+    assert "Traceback" not in (tmp_path / "output").read_text()
+    assert not (tmp_path / "run/checkpoint.pth").exists()
+
+
+@pytest.mark.parametrize("given, word", [
+    ({"RANK": "0"}, "WORLD_SIZE"),
+    ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "RANK, MASTER_PORT"),
+    ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "RANK 2"),
+])
+def test_half_an_environment_of_torchrun_is_an_error(given, word, monkeypatch, capsys):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert word in one_line(capsys, Processes, "train.py")
+
+
+class Deadly(Dataset):
+    """One image, whose reader the system kills."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("function, word", [
+    (lambda: torch.empty(2**50), "--batch_size_per_gpu"),
+    (lambda: np.ones(2**50), "--batch_size_per_gpu"),
+    (lambda: next(iter(DataLoader(Deadly(), num_workers=1))), "--num_workers"),
+    (lambda: check_shared_memory(10**15, 1), "--shm-size"),
+])
+def test_too_little_memory_is_one_line(function, word, capsys):
+    def program():
+        with Processes("train.py"):
+            function()
+
+    assert word in one_line(capsys, program)
+    check_shared_memory(10**15, 0)    # no workers share nothing
 
 
 # --- CUDA -----------------------------------------------------------------------------------------
