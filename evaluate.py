@@ -51,8 +51,7 @@ def extract_features(encoder, images, indices, size, device, batch_size=128, num
     finite.
     """
     rank, processes = world()
-    tolerant = leave_out is not None
-    loader = share_loader(images, indices, size, device, batch_size, num_workers, tolerant)
+    loader = share_loader(images, indices, size, device, batch_size, num_workers, bool(leave_out))
     features = torch.zeros(len(indices), encoder.dim, device=device)
     labels = torch.zeros(len(indices), dtype=torch.long, device=device)
     in_common = len(indices) // processes // batch_size    # batches that every process has
@@ -218,7 +217,7 @@ def build_labeled(args):
     val = build_dataset(args.data_path, "val", args.label_depth, args.classes)
     if not len(labeled(val)):
         raise UserError(f"{args.data_path} has no labels in val/: it takes a folder for each class")
-    check_alike(args, train=train, val=val)
+    check_alike(vars(args), train=train, val=val)
     return train, val
 
 

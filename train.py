@@ -351,7 +351,7 @@ def main(argv=None):
         if args.compile:
             check_compiler(processes.device)
         images, val = build_datasets(args)
-        check_alike(args, train=images, val=val)
+        check_alike(vars(args), train=images, val=val)
         training = Training(args, processes, len(images))
         with (
             output_folder(args.output_dir, processes.rank == 0),

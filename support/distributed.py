@@ -131,14 +131,14 @@ def read_launch():
 PER_MACHINE = {"num_workers", "data_path"}
 
 
-def check_alike(args, **data_sets):
+def check_alike(arguments, **data_sets):
     """Raise UserError where processes have other arguments or images; all call it together.
 
-    data_sets: by name, each with a length and an `identity`, or None.
+    arguments: by name. data_sets: likewise, each with a length and an `identity`, or None.
     """
     if world()[1] == 1:
         return
-    values = {f"--{name}": value for name, value in vars(args).items() if name not in PER_MACHINE}
+    values = {name: value for name, value in arguments.items() if name not in PER_MACHINE}
     for name, images in data_sets.items():
         values[name] = images and f"{len(images)} images ({images.identity})"
     found = [None] * world()[1]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data import Batches
 from support.checkpoint import find_checkpoint, output_folder, restore, save
-from support.distributed import world
+from support.distributed import check_alike, world
 from support.errors import UserError
 from support.inputs import autocast
 from support.workers import ignore_signals
@@ -113,6 +113,7 @@ def resumable(args, encoder, size, indices):
     arguments = {name: value for name, value in vars(args).items() if name not in harmless}
     arguments |= {"image_size": size, "heads": encoder.heads, "processes": world()[1],
                   "weights and images": content.hexdigest()[:16]}
+    check_alike(arguments)
     weights = Path(args.pretrained_weights).absolute()
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(args.output_dir or weights.parent / f"{weights.stem}-{args.task}-{digest}")

@@ -330,7 +330,7 @@ def train_alone(flags, own=((), ())):
 @pytest.mark.parametrize("change, own, words", [
     (lambda images: (images / "0.png").unlink(), ((), ()), ("15 images", "16 images")),
     (lambda images: (images / "0.png").rename(images / "8.png"), ((), ()), ("16 images",)),
-    (lambda images: None, ((), ("--alpha", "2")), ("--alpha", "2", "1")),
+    (lambda images: None, ((), ("--alpha", "2")), ("alpha is 2.0, not 1.0",)),
 ])
 def test_processes_with_other_images_or_arguments_are_told(change, own, words, tmp_path):
     for rank in "01":
