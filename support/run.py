@@ -6,7 +6,6 @@ What train.py's loop says to it: `run.add(losses)` after every step, `run.log(..
 and `run.end_epoch(...)` when they are due, and `run.stop_asked()`.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -22,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from tqdm import tqdm
 
 from augment import normalize
@@ -36,6 +34,7 @@ from support.checkpoint import find_checkpoint, replacing, restore, save
 from support.distributed import average_over_processes
 from support.errors import UserError
 from support.inputs import evaluation_crop
+from support.log import Log, summary_writer
 from support.progress import say
 
 TERMS = ("loss", "L_I", "L_p", "L_c")
@@ -424,51 +423,3 @@ def diagnostics(training, output, step):
         values["channel_entropy"] = entropy(A_c)
     temp = training.teacher_temp[step // training.steps_per_epoch]
     return values | training.embedding_loss.diagnostics(teacher.embedding, temp)
-
-
-def summary_writer():
-    """Return TensorBoard's SummaryWriter. Raises UserError where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs it: pip install tensorboard") from error
-    return SummaryWriter
-
-
-class Log:
-    """log.jsonl: a JSON object a line, of kind "step" or, with means over it, "epoch".
-
-    Lines after `step`, of a run that was cut off later than its checkpoint, are removed, and so is
-    what is no such line. `epochs`: the steps at whose end an epoch has its line. board:
-    TensorBoard's SummaryWriter, to write the same to a folder `tensorboard` beside it, or None.
-    """
-
-    def __init__(self, path, step, board=None):
-        purge = step + 1 if step else None
-        self.board = board and board(path.parent / "tensorboard", purge_step=purge)
-        kept, self.epochs = [], set()
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError, TypeError, KeyError):    # cut short by a kill
-                values = json.loads(line)
-                if 0 < step >= values["step"]:
-                    kept.append(line + "\n")
-                    self.epochs |= {values["step"]} if values["kind"] == "epoch" else set()
-        with replacing(path) as file:
-            file.write("".join(kept).encode())
-        self.file = open(path, "a", buffering=1)
-
-    def write(self, *, kind, step, **values):
-        self.file.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
-        if self.board:
-            for name, value in values.items():
-                if value is not None:
-                    self.board.add_scalar(f"{kind}/{name}", value, step)
-            self.board.flush()
-
-    def picture(self, path, step):
-        """Show a PNG file in TensorBoard too."""
-        if self.board:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-            self.board.add_image(path.stem, pixels, step, dataformats="HWC")
-            self.board.flush()
