@@ -30,9 +30,9 @@ from model import ARCHITECTURES
 from support.checkpoint import check_output
 from support.distributed import Processes, check_alike, sum_over_processes, world
 from support.errors import UserError
+from support.evaluate_options import parse_evaluate_args
 from support.fit import Augmented, TrainingBatches, fit, resumable
 from support.inputs import UNREADABLE, autocast, share_loader, to_input
-from support.options import parse_evaluate_args
 from support.progress import progress
 from support.weights import requested_encoder
 

@@ -24,10 +24,10 @@ from extras import finetune
 from extras.finetune import Classifier, classification_loss
 from model import build_encoder
 from support.errors import UserError
+from support.evaluate_options import parse_evaluate_args
 from support.fit import Augmented, TrainingBatches, fit
 from support.inputs import evaluation_crop
 from support.optim import cosine_schedule, layer_groups
-from support.options import parse_evaluate_args
 from support.weights import load_encoder
 
 CPU = torch.device("cpu")

@@ -14,7 +14,8 @@ import evaluate
 import train
 from extras import benchmark, visualize
 from model import build_encoder
-from support.options import EVALUATIONS, number, parse_evaluate_args, parse_train_args
+from support.evaluate_options import EVALUATIONS, parse_evaluate_args
+from support.options import number, parse_train_args
 
 ROOT = Path(__file__).parents[1]
 
