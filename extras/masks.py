@@ -15,11 +15,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms.functional import to_pil_image
-from tqdm import tqdm
 
+from support.distributed import world
 from support.errors import UserError
 from support.files import decode, opened, walk
 from support.named_sets import DOWNLOADS, SHAPES, Shapes
+from support.progress import progress
 
 IGNORED = -1
 IMAGENET_S = {"50": 51, "300": 301, "919": 920}    # classes, "other" among them
@@ -243,7 +244,7 @@ def count_classes(images, classes=None):
                             "ImageNetS50, ImageNetS300, ImageNetS919: give --classes, with other")
         return classes or images.classes
     found = set()
-    for i in tqdm(range(len(images)), desc="reading masks", disable=None, leave=False):
+    for i in progress(range(len(images)), "reading masks", world()[0] == 0):
         found.update(images.numbers(i).unique().tolist())
     ignored = 255 if images.ignored is None else images.ignored
     counted = sorted(found - {ignored})

@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
-from tqdm import tqdm
 
 from augment import normalize
 from extras.masks import IGNORED, build_segmentation, count_classes, draw_masks
@@ -26,6 +25,7 @@ from support.errors import UserError
 from support.fit import Augmented, TrainingBatches, fit_adamw, resumable
 from support.inputs import autocast
 from support.optim import cosine_schedule, layer_groups
+from support.progress import progress
 from support.workers import ignore_signals
 
 # --- network and loss -----------------------------------------------------------------------------
@@ -207,8 +207,7 @@ def evaluate_segmentation(model, images, size, window, device, num_workers=0, fo
                         worker_init_fn=ignore_signals)
     total = torch.zeros(model.classes, model.classes, dtype=torch.long, device=device)
     f = torch.zeros(2, dtype=torch.double, device=device)    # their sum and number
-    bar = tqdm(loader, desc="segmenting", disable=None if rank == 0 else True, leave=False)
-    for i, (image, mask) in zip(mine, bar):
+    for i, (image, mask) in zip(mine, progress(loader, "segmenting", rank == 0)):
         with autocast(device):
             prediction = predict(model, image.to(device), size, window)
         if folder:
