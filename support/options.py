@@ -123,11 +123,11 @@ RECIPES = {
         overlap_local=3, global_crops_scale=[0.14, 1.0], local_crops_scale=[0.05, 0.14],
         optimizer="sgd", lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4,
     ),
-    "demo": dict(
+    "demo": dict(    # small batches, a small K and a narrow head: many steps in a few minutes
         data_path="shapes", arch="vit_nano", patch_size=8, drop_path_rate=0.0,
-        global_crops_size=48, local_crops_size=24, overlap_global=6, overlap_local=3, out_dim=1024,
-        epochs=3, warmup_epochs=1, lr=0.008, min_lr=1e-5, momentum_teacher=0.99, knn_every=1,
-        li_weight=0.1,    # little weight: in so few steps DINO's loss does not leave ln K
+        global_crops_size=40, local_crops_number=2, local_crops_size=24, out_dim=256,
+        hidden_dim=512, batch_size_per_gpu=16, epochs=3, warmup_epochs=1, lr=0.008, min_lr=1e-5,
+        momentum_teacher=0.99, knn_every=3, log_every=50,
     ),
 }
 
