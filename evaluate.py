@@ -254,7 +254,7 @@ def linear(args, encoder, size, processes):
     crop = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
     crops = Augmented(train, rest, crop, args.seed)
     batches = TrainingBatches(crops, args.batch_size_per_gpu, args.num_workers, device)
-    path, arguments = resumable(args, encoder, size, rest)
+    path, arguments = resumable(args, encoder, size, (train.identity, rest))
     batch, say, processes.working = batches.batch_size * processes.size, processes.say, True
     say(f"batch {batch} in all: learning rates are {batch / 256:g} times those of --lr")
     probes = Probes(encoder, blocks, mean_patch, train.classes, args.lr).to(device)

@@ -25,7 +25,6 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from augment import MEAN, STD
 from extras.coco import CocoImages, average_precision, draw_pictures
@@ -36,6 +35,7 @@ from support.errors import UserError
 from support.fit import Augmented, TrainingBatches, fit, resumable, seed_everything
 from support.inputs import autocast
 from support.optim import layer_groups
+from support.progress import progress
 
 # --- network --------------------------------------------------------------------------------------
 
@@ -248,12 +248,11 @@ def detect(model, image, device):
 def detect_all(model, images, processes):
     """Return the results on a CocoImages, each process its share, in the first; [] elsewhere."""
     mine, results = range(processes.rank, len(images), processes.size), []
-    silent = None if processes.rank == 0 else True
-    for i in tqdm(mine, desc="detecting", disable=silent, leave=False):
+    for i in progress(mine, "detecting", processes.rank == 0):
         results += images.results(i, detect(model, images[i][0], processes.device))
     if processes.distributed:
         shares = [None] * processes.size if processes.rank == 0 else None
-        dist.gather_object(results, shares, group=processes.control)
+        dist.gather_object(results, shares)
         results = [entry for share in shares or [] for entry in share]
     return results
 
@@ -274,7 +273,7 @@ def run(args, encoder, size, processes):
     images = Augmented(train, train.with_objects, flip, args.seed)
     batches = TrainingBatches(
         images, args.batch_size_per_gpu, args.num_workers, device, collate=as_lists)
-    path, arguments = resumable(args, encoder, side, train.with_objects)
+    path, arguments = resumable(args, encoder, side, [train.ids[i] for i in train.with_objects])
     processes.working, batch = True, batches.batch_size * processes.size
     processes.say(
         f"detect, the {len(images)} of {len(train)} training images of {args.data_path} that have "

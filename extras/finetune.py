@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
-from tqdm import tqdm
 
 from augment import MEAN, normalize
 from data import labeled
@@ -22,6 +21,7 @@ from support.errors import UserError
 from support.fit import Augmented, TrainingBatches, fit_adamw, resumable
 from support.inputs import autocast, share_loader, to_input
 from support.optim import cosine_schedule, layer_groups
+from support.progress import progress
 from support.weights import load_encoder
 
 
@@ -166,8 +166,7 @@ def top_accuracies(model, images, size, device, batch_size, num_workers):
     right = torch.zeros(2, dtype=torch.long, device=device)
     chosen = labeled(images).tolist()
     loader = share_loader(images, chosen, size, device, batch_size, num_workers)
-    silent = None if world()[0] == 0 else True
-    for x, y in tqdm(loader, desc="accuracy", disable=silent, leave=False):
+    for x, y in progress(loader, "accuracy", world()[0] == 0):
         with autocast(device):
             logits = model(to_input(x, device))
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -190,7 +189,7 @@ def run(args, encoder, size, processes):
     batches = TrainingBatches(images, args.batch_size_per_gpu, args.num_workers, device)
     loss = classification_loss(
         train.classes, args.smoothing, args.mixup, args.cutmix, args.erasing)
-    path, arguments = resumable(args, encoder, size, share)
+    path, arguments = resumable(args, encoder, size, (train.identity, share))
     processes.working = True
     fit_encoder(model, loss, batches, args, path, arguments)
     top1, top5 = top_accuracies(

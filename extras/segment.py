@@ -287,7 +287,7 @@ def train(args, model, images, size, encoder, processes):
     batch = batches.batch_size * processes.size
     if upernet and batch == 1:
         raise UserError("--head upernet normalizes over a batch: 1 image is none")
-    path, arguments = resumable(args, encoder, size, indices)
+    path, arguments = resumable(args, encoder, size, list(map(str, images.names)))
     processes.working = True
     if upernet:
         rates = linear_schedule(args.lr, args.steps, args.warmup_steps)

@@ -23,7 +23,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_keypoints
-from tqdm import tqdm
 
 from augment import BOX, MultiCrop, Photometric, denormalize, normalize
 from data import NoSplit, ViewsOfImages, build_dataset
@@ -35,6 +34,7 @@ from support.errors import UserError
 from support.files import ImageFiles, list_images
 from support.inputs import autocast, evaluation_crop
 from support.options import COUNT, SIZE, Parser, flag
+from support.progress import progress
 from support.weights import load_encoder
 
 
@@ -280,7 +280,7 @@ def invariance(encoder, loader, heads, size, device):
     loader: of data.ViewsOfImages. Raises UserError for an image that can't be read.
     """
     sums, counts = torch.zeros(2), torch.zeros(2)
-    for batch, complaints in tqdm(loader, desc="invariance", disable=None, leave=False):
+    for batch, complaints in progress(loader, "invariance"):
         check_complaints(complaints)
         views, boxes = color_views(batch, device)
         with autocast(device):

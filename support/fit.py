@@ -98,16 +98,16 @@ class TrainingBatches:
         ))
 
 
-def resumable(args, encoder, size, indices):
+def resumable(args, encoder, size, images):
     """Return the file that a task's state goes to, and what resuming must share.
 
-    That is: the arguments, the weights, and which images are trained on. Without --output_dir each
-    such combination has a folder of its own beside the weights. Raises UserError where the folder
-    can't be used.
+    That is: the arguments, the weights, and which images are trained on, wherever the files lie.
+    images: tells those apart by its repr. Without --output_dir each such combination has a folder
+    of its own beside the weights. Raises UserError where the folder can't be used.
     """
     harmless = ("output_dir", "num_workers", "json", "test_size", "sliding", "val_split",
-                "pictures", "predictions", "checkpoint_steps")
-    content = hashlib.sha256(repr(indices).encode())
+                "pictures", "predictions", "checkpoint_steps", "data_path", "pretrained_weights")
+    content = hashlib.sha256(repr(images).encode())
     for value in encoder.state_dict().values():
         content.update(value.cpu().numpy().tobytes())
     arguments = {name: value for name, value in vars(args).items() if name not in harmless}
