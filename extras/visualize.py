@@ -312,7 +312,7 @@ def draw_relations(path, encoders, names, views, boxes, heads, size, images, cel
         for name, A in zip(names, relations):
             for y, x in cells:
                 cell, row = y * size + x, []
-                for v, label in enumerate((f"{name}: view 1", "view 2")):
+                for v, label in enumerate((f"{name[-14:]}: view 1", "view 2")):
                     place = boxes[v, b], region[b].cpu(), size
                     row.append((label, mark_region(pictures[v], *place, only=cell) / 255))
                 first, second = A[:, b, cell].unflatten(-1, (size, size))
@@ -493,7 +493,9 @@ def draw(args, processes):
     for name in ("output", "json"):
         check_output(name, getattr(args, name, None))
     encoders, size = load_encoders(args, processes.device)
-    names = ["/".join(Path(path).parts[-2:]) for path in args.pretrained_weights]
+    paths = [Path(path).absolute() for path in args.pretrained_weights]
+    folders = [path.parent.name for path in paths]
+    names = folders if len(set(folders)) == len(folders) else [path.stem for path in paths]
     images, processes.working, result = choose_images(args), True, None
     if args.figure == "attention":
         attention_figure(args, encoders, names, images, size, processes.device)
