@@ -251,14 +251,20 @@ def commands(text):
                     break
 
 
-def test_commands_of_the_readme_are_understood():
+def test_commands_of_the_readme_are_understood_and_do_not_collide():
+    """Each understands its flags, and none writes where another one does."""
     programs = {
         "train.py": parse_train_args, "evaluate.py": parse_evaluate_args,
         "extras.visualize": visualize.parse_args, "extras.benchmark": benchmark.parse_args,
     }
-    seen = set()
+    seen, places = set(), []
     for program, arguments in commands((ROOT / "README.md").read_text()):
         if program not in ("venv", "pytest"):
-            programs[program](arguments)
+            args = programs[program](arguments)
             seen.add(program)
+            if program == "train.py":
+                places.append(args.output_dir)
+            elif output := getattr(args, "output", None):
+                places.append(output)
     assert seen == programs.keys()
+    assert len(places) > 9 and sorted(set(places)) == sorted(places)
