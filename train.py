@@ -166,15 +166,14 @@ class Training:
     Raises UserError where there are fewer images than a batch, and for a bad --init_from.
     """
 
-    def __init__(self, args, processes, images):
-        """images: their number."""
+    def __init__(self, args, processes, num_images):
         self.args, self.processes = args, processes
         self.effective_batch = args.batch_size_per_gpu * processes.size * args.grad_accum_steps
-        self.steps_per_epoch = images // self.effective_batch
+        self.steps_per_epoch = num_images // self.effective_batch
         if self.steps_per_epoch == 0:
-            most = images // (processes.size * args.grad_accum_steps)
+            most = num_images // (processes.size * args.grad_accum_steps)
             lower = f"lower --batch_size_per_gpu to at most {most}"
-            raise UserError(f"{args.data_path} has {images} images, fewer than a batch of "
+            raise UserError(f"{args.data_path} has {num_images} images, fewer than a batch of "
                             f"{self.effective_batch}; {lower if most else 'take fewer processes'}")
         torch.manual_seed(args.seed)
         self.student, self.teacher = (net.to(processes.device) for net in build_networks(args))
