@@ -155,7 +155,7 @@ class BlockMask:
 
 
 class Photometric(nn.Module):
-    """Jitter, gray, blur, solarize and normalize a batch, each image by its own params."""
+    """Jitter, gray, blur, solarize and normalize images, each by its own params."""
 
     def forward(self, images, params):
         """Color uint8 (B, S, S, 3) by params (B, 16): float32 (B, 3, S, S), normalized."""

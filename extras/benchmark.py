@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from data import build_dataset
-from support.distributed import Processes, check_compiler, configure
+from support.distributed import Processes, configure
 from support.errors import UserError
 from support.options import COUNT, SIZE, flag, parse_train_args, switch
 from support.progress import progress
@@ -42,7 +42,7 @@ def build(args, processes, images, **changes):
 
 
 def seconds_of(training, batch, steps, what=None):
-    """Return the seconds a step takes, the mean of some; show `what` they are for, if given."""
+    """Return the mean seconds of a step; `what` is shown meanwhile."""
     cuda = training.processes.device.type == "cuda"
     synchronize = torch.cuda.synchronize if cuda else lambda: None    # wait for the GPU
     synchronize()
@@ -95,8 +95,6 @@ def time_step(args, processes):
     """Measure a step; return what the JSON line says."""
     device, say = processes.device, processes.say
     configure(args, device)
-    if args.compile:
-        check_compiler(device)
     images = build_dataset(args.data_path, "train", args.label_depth, args.classes)
     training, batch = build(args, processes, images)
     flops, rate = count_flops(training, batch), matmul_rate(device, training.dtype)

@@ -1,4 +1,4 @@
-"""COCO for extras/detect.py: images with objects, results, average precision, pictures.
+"""Read COCO for extras/detect.py, measure average precision, draw pictures.
 
 pycocotools reads the annotations and measures; it is asked for where it is missing.
 
@@ -63,7 +63,10 @@ class CocoImages(Dataset):
         self.with_objects = [i for i, objects in enumerate(self.objects) if objects]
 
     def is_target(self, a):
-        """Say whether an annotation is trained on. Raises KeyError for an unknown category."""
+        """Return whether an annotation is trained on.
+
+        Raises KeyError for an unknown category.
+        """
         (x, y, w, h), image = a["bbox"], self.coco.imgs[a["image_id"]]
         w, h = min(x + w, image["width"]) - max(x, 0), min(y + h, image["height"]) - max(y, 0)
         known = self.labels[a["category_id"]] > 0
@@ -118,7 +121,7 @@ def average_precision(coco, results):
 
 
 def draw_objects(image, target, names):
-    """Draw boxes, masks (n, H, W) and names into a uint8 image (3, H, W), a color an object."""
+    """Draw boxes, masks (n, H, W) and names into a uint8 image (3, H, W)."""
     if not len(target["boxes"]):
         return image
     hues = (137 * i % 360 for i in range(len(target["boxes"])))    # neighbors differ most

@@ -1,4 +1,4 @@
-"""Object detection and instance segmentation on COCO (Table 2): `evaluate.py detect`.
+"""Detect and segment objects on COCO (Table 2): `evaluate.py detect`.
 
 Cascade Mask R-CNN of torchvision's parts on the feature pyramid of an encoder, in iBOT's settings:
 three stages of heads, each trained on the boxes that the one before it made. Crowds are left out of
@@ -176,10 +176,11 @@ def refine(stage, logits, deltas, proposals, sizes, label=None):
 
 
 def build_detector(encoder, classes, side, width=256, rois=512):
-    """Build the network: images float (3, H, W) in [0, 1], any sizes, and targets -> losses.
+    """Build the network: images and targets -> losses.
 
-    In eval mode: images -> detections, in pixels of the images. side: an image's short side when
-    tested; in training it is drawn from 0.6 to 1 of that. The long side is at most 5/3 of it.
+    Images are float (3, H, W) in [0, 1], of any sizes. In eval mode: images -> detections, in their
+    pixels. side: an image's short side when tested. In training it is drawn from 0.6 to 1 of that.
+    The long side is at most 5/3 of it.
     width: D. rois: boxes of an image that a stage is trained on.
     """
     encoder.norm.requires_grad_(False)    # it is not used, and DDP would wait for its gradient
@@ -205,7 +206,7 @@ def as_lists(batch):
 
 
 def learning_rate(step, base, warmup, steps):
-    """Return the rate of a step: linear warm-up, a tenth from 2/3, a hundredth from 11/12 on."""
+    """Return a step's learning rate: warm-up, then a tenth twice."""
     falls = sum(step >= round(steps * share) for share in (8 / 12, 11 / 12))
     return base * min(1, (step + 1) / max(1, warmup)) * 0.1**falls
 
@@ -246,7 +247,7 @@ def detect(model, image, device):
 
 
 def detect_all(model, images, processes):
-    """Return the results on a CocoImages, each process its share, in the first; [] elsewhere."""
+    """Return the results on a CocoImages in the first process, [] elsewhere."""
     mine, results = range(processes.rank, len(images), processes.size), []
     for i in progress(mine, "detecting", processes.rank == 0):
         results += images.results(i, detect(model, images[i][0], processes.device))

@@ -62,8 +62,9 @@ def load_classifier(path):
 
 
 def fit_encoder(model, loss, batches, args, path, arguments):
-    """Train a model by AdamW with layer-wise decay; print the batch and the rate in effect.
+    """Train a model by AdamW with layer-wise decay.
 
+    Prints the batch and the learning rate in effect.
     model: has an `encoder` and a `head`. loss: (model, images float (B, 3, S, S) in [0, 1],
     targets) -> scalar. args: epochs, warmup_epochs, lr (per 256 images), min_lr, layer_decay,
     weight_decay, seed.
@@ -99,7 +100,7 @@ def augmentation(size):
 
 
 def classification_loss(classes, smoothing, mixup, cutmix, erasing):
-    """Return the loss of images with noise for a rectangle, mixed, with smoothed labels.
+    """Return the loss of erased and mixed images with smoothed labels.
 
     erasing: probability that a rectangle of a normalized image becomes normal noise. mixup, cutmix:
     alpha of their Beta(alpha, alpha) shares; 0 leaves either out.

@@ -1,4 +1,4 @@
-"""Images with masks of class numbers, for segmentation, and how such masks are drawn.
+"""Read and draw images with masks of class numbers, for segmentation.
 
 In this program a mask is int32 (H, W): a class, from 0, or IGNORED, which counts neither in
 training nor in a measure. In a file it is coded as its data set has it.
@@ -31,8 +31,9 @@ VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair 
 
 
 def build_segmentation(path, split, ignore_index=None):
-    """Return the images and masks of a split, "train", "val" or another folder, at `path`.
+    """Return the images and masks of a split at `path`.
 
+    split: "train", "val", or another folder.
     path: "shapes", "voc" (Pascal VOC 2012, with SBD's images where they are there), a folder of
     ImageNet-S or ADE20K, known by its layout, or a folder with <split>/images/ and <split>/masks/,
     whose files have the same names but for the ending. ignore_index: what masks of the last kind
@@ -60,7 +61,7 @@ def build_segmentation(path, split, ignore_index=None):
 
 
 def voc(split):
-    """Return Pascal VOC 2012; its training images with those that SBD adds, if it is there."""
+    """Return Pascal VOC 2012, with SBD's training images if they are there."""
     images, masks = voc_files(split)
     sbd = Path(DOWNLOADS) / "sbd"    # as torchvision's SBDataset leaves it
     if split == "train" and sbd.is_dir():
@@ -89,7 +90,10 @@ def voc_files(split):
 
 
 def imagenet_s(root, split):
-    """Return a split of ImageNet-S; of the test images, whose masks are withheld, without masks."""
+    """Return a split of ImageNet-S.
+
+    The masks of the test images are withheld.
+    """
     size = root.resolve().name.lower().replace("-", "").rpartition("imagenets")[2]
     if not (root / split).is_dir():
         raise UserError(f"{root} has no folder {split}")
@@ -201,7 +205,10 @@ class ImagesWithMasks(Dataset):
 
 
 def read_pixels(path):
-    """Read a file of class numbers: (an array, the file's mode). Raises UserError naming it."""
+    """Read a file of class numbers: (an array, the file's mode).
+
+    Raises UserError naming the file.
+    """
     if not path.endswith(".mat"):
         with opened(path) as file:
             return np.array(file), file.mode
@@ -233,7 +240,7 @@ class ShapesWithMasks(Shapes):
 
 
 def count_classes(images, classes=None):
-    """Return the number of classes of a data set, or `classes` after a check against its masks.
+    """Return the number of classes of a data set, or check the number given.
 
     Where the data set does not say it, all masks are read, and without `classes` they have to hold
     0 to K - 1. Raises UserError for one class alone, or none, showing the numbers found.
@@ -293,7 +300,7 @@ def paint(mask):
 
 
 def draw_masks(rows, class_names, path, height=160, most=30):
-    """Draw images beside truth and prediction, under titles and over the colors' meaning.
+    """Draw images beside truth and prediction, with a legend of colors.
 
     rows: (uint8 image (3, H, W), mask, predicted classes (H, W)). class_names: None for numbers.
     most: classes that are named, those with most pixels.

@@ -1,4 +1,4 @@
-"""Feature maps of an encoder at four resolutions, as UperNet and detectors want them.
+"""Build feature maps at four resolutions, for UperNet and detectors.
 
 A ViT has one resolution: maps of four depths are brought to four, as iBOT does. ResNet-50 has four
 stages.

@@ -1,4 +1,4 @@
-"""Semantic segmentation by a 1 x 1 convolution or by UperNet: `evaluate.py segment`.
+"""Segment images by a 1 x 1 convolution or UperNet: `evaluate.py segment`.
 
 The convolution, fine-tuned, is the paper's ImageNet-S protocol (Tables 1, 7 to 16) on any data set;
 frozen, it is a dense probe. UperNet (Tables 2, 7 to 16) is in extras/upernet.py, data sets and
@@ -52,7 +52,7 @@ class LinearHead(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """Images (B, 3, H, W), normalized -> logits, of which the first count and others are auxiliary.
+    """Images (B, 3, H, W), normalized -> logits, and those of auxiliary heads.
 
     frozen: train the head alone.
     """
@@ -145,7 +145,10 @@ def resized(image, sides):
 
 
 def starts(length, window):
-    """Return where windows begin that cover `length`, each 2/3 of a window after the other."""
+    """Return where windows begin that cover `length`.
+
+    Each begins 2/3 of a window after the one before.
+    """
     return sorted({min(i, length - window) for i in range(0, length, max(1, window * 2 // 3))})
 
 
@@ -197,8 +200,9 @@ def scores(matrix, absent_count):
 
 
 def evaluate_segmentation(model, images, size, window, device, num_workers=0, folder=None):
-    """Return the scores on a data set of (image, mask), each process its share; {} without masks.
+    """Return the scores on a data set of (image, mask), {} without masks.
 
+    Each process predicts its share.
     folder: write predictions there.
     """
     rank, processes = world()
@@ -277,7 +281,10 @@ def settle(args, encoder, size, layout, processes):
 
 
 def train(args, model, images, size, encoder, processes):
-    """Train a Segmenter; return the folder of its checkpoint, and its protocol in words."""
+    """Train a Segmenter.
+
+    Returns the folder of its checkpoint, and its protocol in words.
+    """
     upernet, indices = args.head == "upernet", list(range(len(images)))
     transform = (ScaleAndCrop(size) if upernet
                  else CropBoth(size, args.scale, colors=not args.frozen))

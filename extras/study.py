@@ -40,7 +40,7 @@ DIGITS = {"spatial": 3, "channel": 3, "L_I": 2}    # behind the point; others ha
 
 
 class Colors(nn.Module):
-    """An encoder that sees colors only: their mean, or a histogram of `bins` a channel."""
+    """Encode colors only: their mean, or a histogram of `bins` a channel."""
 
     def __init__(self, bins):
         super().__init__()
@@ -56,7 +56,10 @@ class Colors(nn.Module):
 
 
 def measure(args, flags, seed, folder):
-    """Train and evaluate a row: {measure: number}. What is printed goes to folder/study.log."""
+    """Train and evaluate a row: {measure: number}.
+
+    What is printed goes to folder/study.log.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (open(folder / "study.log", "a") as log, contextlib.redirect_stdout(log),
           contextlib.redirect_stderr(log)):
@@ -89,7 +92,7 @@ def train_and_evaluate(args, flags, seed, folder):
 
 
 def load_results(args):
-    """Return {(flags, seed): record} of the lines in the file that are of this setting."""
+    """Return {(flags, seed): record} of this setting's lines in the file."""
     lines = args.file.read_text().splitlines() if args.file.exists() else []
     records = [json.loads(line) for line in lines]
     setting = SETTINGS[args.setting]
@@ -97,7 +100,7 @@ def load_results(args):
 
 
 def run(args):
-    """Train and measure the rows that the file lacks, a line each; seeds are outermost."""
+    """Train and measure the rows that the file lacks, seed by seed."""
     done, setting = load_results(args), SETTINGS[args.setting]
     names = {flags: f"{title}, {name}" for title in args.lists for name, flags, *_ in LISTS[title]}
     missing = [(flags, seed) for seed in args.seeds for flags in names if (flags, seed) not in done]

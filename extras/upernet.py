@@ -126,7 +126,7 @@ class ScaleAndCrop:
 
 
 def linear_schedule(base, steps, warmup):
-    """Return a learning rate for each step, (steps,): linear from base to 0 after the last step.
+    """Return the learning rate of each step, falling linearly to 0: (steps,).
 
     The first `warmup` ones are multiplied by what rises from 1e-6 to 1.
     """

@@ -151,7 +151,10 @@ def mark_region(picture, box, region, size, only=None):
 
 
 def spread_out(features, number):
-    """Choose rows of features (N, C) that differ: the longest, then ever the least alike."""
+    """Choose rows of features (N, C) that differ.
+
+    The longest, then each time the one least like those chosen.
+    """
     unit = F.normalize(features, dim=1)
     chosen = [int(features.norm(dim=1).argmax())]
     while len(chosen) < number:
@@ -224,7 +227,10 @@ def color_attention(encoder, images, mass):
 
 
 def draw_attention(path, encoders, names, images, mass=0.6):
-    """Draw Fig. 4: a row of images (B, 3, S, S), normalized, then a row for each encoder."""
+    """Draw Fig. 4: a row of images, then a row for each encoder.
+
+    images: (B, 3, S, S), normalized.
+    """
     S = images.shape[-1] * max(1, 192 // images.shape[-1])
     rows = [("image", denormalize(images.cpu()))]
     for name, encoder in zip(names, encoders):

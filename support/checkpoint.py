@@ -1,4 +1,4 @@
-"""Files that are whole or not there, one run a folder, and what a run may go on from."""
+"""Write whole files, lock a run's folder, and check checkpoints."""
 
 import contextlib
 import errno
@@ -80,7 +80,7 @@ def locked(lock, path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Open a binary file that takes the place of `path` once it is whole, and on the disk."""
+    """Open a binary file that replaces `path` once it is whole."""
     temporary = path.with_name(path.name + ".part")
     try:
         with open(temporary, "wb") as file:
@@ -126,7 +126,10 @@ CONSEQUENCES = {
 
 
 def read_checkpoint(path):
-    """Return what torch.save wrote to `path`; None where there is no file. Raises UserError."""
+    """Return what torch.save wrote to `path`, None without a file.
+
+    Raises UserError.
+    """
     try:
         with open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -172,8 +175,9 @@ def find_checkpoint(path, arguments, remedy=f"{OTHER_FOLDER}, or --overwrite to 
 
 
 def restore(parts, checkpoint, path, counter, most):
-    """Load the state of parts, once all of it is found to fit; return checkpoint[counter].
+    """Load the state of parts, once all of it is found to fit.
 
+    Returns checkpoint[counter].
     parts: {name: module, optimizer, scaler, or a dict of numbers}. That number is what is done, at
     most `most`. Raises UserError.
     """
@@ -191,7 +195,7 @@ def restore(parts, checkpoint, path, counter, most):
 
 
 def misfit(part, state, name):
-    """Return where a state is not one of `part`, named `name`, in a few words; None if nowhere."""
+    """Say in a few words why a state does not fit `part`, None if it does."""
     if not isinstance(part, torch.optim.Optimizer):
         return difference(part if isinstance(part, dict) else part.state_dict(), state, name)
     try:

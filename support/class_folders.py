@@ -1,4 +1,4 @@
-"""Class folders: train/ and val/ with a folder for each class, and the ways to get them wrong."""
+"""Find class folders in train/ and val/, and refuse what can't be meant."""
 
 import os
 from collections import Counter, defaultdict
@@ -69,7 +69,7 @@ def choose(names, listed, root):
 
 
 def class_of(folder, depth):
-    """Return the name of the class folder that a Folder is or is in; None above their level."""
+    """Return the class folder that a Folder is or is in, None above that level."""
     return folder.parts[depth - 1] if len(folder.parts) >= depth else None
 
 

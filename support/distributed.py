@@ -1,4 +1,4 @@
-"""One process or many, the same training: averages, sums and norms over torchrun's processes.
+"""Average, sum and normalize over torchrun's processes.
 
 In a single process every function here is the identity, or nn's own. The collectives are the
 functional ones: they are differentiable, torch.compile traces them, and they run on gloo and NCCL.
@@ -106,7 +106,7 @@ class Processes:
 
 
 def read_launch():
-    """Return (rank, number of processes) as torchrun says, None where it did not start this.
+    """Return torchrun's (rank, number of processes), None without it.
 
     Raises UserError where only a part of what it says is there.
     """
@@ -132,8 +132,9 @@ PER_MACHINE = {"num_workers", "data_path"}
 
 
 def check_alike(arguments, **data_sets):
-    """Raise UserError where processes have other arguments or images; all call it together.
+    """Raise UserError where processes have other arguments or images.
 
+    All processes call it together.
     arguments: by name. data_sets: likewise, each with a length and an `identity`, or None.
     """
     if world()[1] == 1:
@@ -151,7 +152,10 @@ def check_alike(arguments, **data_sets):
 
 
 def configure(args, device):
-    """Decide --precision auto and --compile, and set PyTorch's global switches."""
+    """Decide --precision auto and --compile, and set PyTorch's global switches.
+
+    Raises UserError where torch.compile is asked for, and lacks something.
+    """
     cuda = device.type == "cuda"
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # read with the first product
@@ -164,6 +168,8 @@ def configure(args, device):
     if cuda:    # TF32 where autocast leaves float32, but --precision fp32 means what it says
         torch.set_float32_matmul_precision("highest" if args.precision == "fp32" else "high")
         torch.backends.cudnn.benchmark = not args.deterministic
+    if args.compile:
+        check_compiler(device)
 
 
 def check_compiler(device):

@@ -1,4 +1,4 @@
-"""The command line of evaluate.py: flags of each task, and checks between two of them."""
+"""Parse the command line of evaluate.py: the flags of each task."""
 
 import os
 
@@ -145,7 +145,10 @@ def add_segment_flags(parser):
 
 
 def settle_head(args):
-    """Set the flags of segment's --head to their defaults; return an error message or None."""
+    """Set the flags of segment's --head to their defaults.
+
+    Returns an error message, or None.
+    """
     for head, defaults in OF_HEAD.items():
         for name, default in defaults.items():
             given = getattr(args, name) is not None

@@ -29,7 +29,7 @@ EXTENSIONS = (*IMG_EXTENSIONS, *sorted(READ_TOO))
 
 
 class Folder(NamedTuple):
-    """A folder and what lies in it, each list sorted; names with a dot in front are left out."""
+    """A folder and what lies in it, sorted, without names that begin with a dot."""
 
     path: str
     parts: tuple     # names of the folders from the root of the walk down to this one
@@ -104,7 +104,10 @@ def list_images(paths):
 
 @contextlib.contextmanager
 def opened(path):
-    """Open an image file with Pillow; errors in here become a UserError that names the file."""
+    """Open an image file with Pillow.
+
+    Errors inside become a UserError that names the file.
+    """
     if not os.path.isfile(path):    # opening a pipe would wait for ever
         raise UserError(f"{path} is no file")
     allow_pixels(os.environ.get("MAX_IMAGE_PIXELS"))

@@ -44,7 +44,7 @@ class Augmented(Dataset):
 
 
 class WholeEpochs(Sampler):
-    """Like data.Batches, but with all images: the last batch of an epoch holds what is left.
+    """Like data.Batches, but the last batch of an epoch holds what is left.
 
     Where the processes do not divide the images, an epoch's first ones come once more.
     """
@@ -123,7 +123,7 @@ def resumable(args, encoder, size, images):
 
 
 def fit(step, parts, batches, epochs, path, arguments):
-    """Call step(number, batch), which returns a loss, for some epochs, saving after each.
+    """Call step(number, batch) -> loss for some epochs, saving after each.
 
     As fit_steps.
     """
@@ -177,7 +177,10 @@ def refuse_not_finite(loss, parts, when, path):
 
 
 def resume(parts, steps, path, arguments, unit):
-    """Load the state of parts from `path`, if it is there; return how many steps are done."""
+    """Load the state of parts from `path`, if it is there.
+
+    Returns how many steps are done.
+    """
     checkpoint = find_checkpoint(path, arguments, REMEDY)
     if not checkpoint:
         return 0

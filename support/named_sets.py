@@ -1,4 +1,4 @@
-"""Data sets by name: those that torchvision reads, iNaturalist 2019, and `shapes`, which is drawn.
+"""Build data sets by name: torchvision's, iNaturalist 2019, and `shapes`.
 
 They lie in data/ in the working directory. Downloaded there on first use: cifar10, cifar100, stl10,
 flowers102. Put there by hand: stanfordcars, inat2019.
@@ -36,8 +36,9 @@ class TorchvisionImages(Dataset):
 
 
 def named_set(name, split):
-    """Return a data set of NAMES, split "train" or "val". Raises UserError if it is not to be had.
+    """Return a data set of NAMES, split "train" or "val".
 
+    Raises UserError if it is not to be had.
     "val" is the published test set where that has labels.
     """
     if name == "shapes":
@@ -55,7 +56,10 @@ def named_set(name, split):
 
 
 def torchvision_set(name, train):
-    """Return a data set of torchvision; STL-10's training images include the unlabeled ones."""
+    """Return a data set of torchvision.
+
+    STL-10's training images include the unlabeled ones.
+    """
     if name == "stl10":
         split = "train+unlabeled" if train else "test"
         images = datasets.STL10(DOWNLOADS, split, download=True)
@@ -164,7 +168,10 @@ class Shapes(Dataset):
         return self.draw(index)[0], int(self.labels[index])
 
     def draw(self, index):
-        """Return the image, uint8 (3, H, W), and its mask, int32 (H, W): 0 ground, 1 + label."""
+        """Return the image, uint8 (3, H, W), and its mask, int32 (H, W).
+
+        The mask is 0 on the ground and 1 + label on the paper.
+        """
         label = int(self.labels[index])
         rng = np.random.default_rng((list(self.LENGTH).index(self.split), index))
         y, x = np.mgrid[0 : self.SIZE, 0 : self.SIZE].astype(np.float32) / self.SIZE - 0.5

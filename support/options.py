@@ -45,7 +45,10 @@ class Parser(argparse.ArgumentParser):
         return args, unknown
 
     def suggest(self, word, before):
-        """Return "; did you mean --flag?", or "" where nothing is near. before: the word before."""
+        """Return "; did you mean --flag?", or "" where nothing is near.
+
+        before: the word before.
+        """
         switch = before.removeprefix("--no-").removeprefix("--")
         if word.lower() in ("true", "false", "1", "0") and f"--no-{switch}" in self.format_help():
             return f"; a switch takes no value: give --{switch} or --no-{switch}"

@@ -1,4 +1,4 @@
-"""Show how far something is: a bar on a terminal, a line now and then where there is none."""
+"""Show progress: a bar on a terminal, else a line now and then."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 def say(text, file=None):
-    """Print a line above any bar, at once: into a file, too, which Python would buffer."""
+    """Print a line above any bar, and flush it."""
     tqdm.write(text, file)
     (file or sys.stdout).flush()
 

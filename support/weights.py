@@ -144,8 +144,9 @@ def known_heads(content, chosen):
 
 
 def fold_layer_scale(state):
-    """Multiply LayerScale's gamma (C,) into the layer before it; return the state dict.
+    """Multiply LayerScale's gamma (C,) into the layer before it.
 
+    Returns the state dict.
     The network stays the same: γ(Wx + b) = (γW)x + γb. Raises UserError for an unfit shape.
     """
     layers = {".ls1.gamma": ".attn.proj", ".ls2.gamma": ".mlp.fc2"}
@@ -244,7 +245,7 @@ def build(arch, size, patch_size, drop_path_rate=0.0, heads=None):
 
 
 def requested_encoder(args):
-    """Return the encoder that the flags of evaluate.py ask for: of a file, or untrained.
+    """Return the encoder that the flags of evaluate.py ask for.
 
     An untrained one is what train.py starts from with the same seed.
     """

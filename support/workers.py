@@ -28,7 +28,7 @@ def end_workers():
 
 
 def check_shared_memory(batch_bytes, num_workers):
-    """Raise UserError where the batches that workers hold ready do not fit into /dev/shm.
+    """Raise UserError where the workers' batches do not fit into /dev/shm.
 
     Containers often have 64 MB of it. Each worker prepares two batches, and one is in use.
     """

@@ -60,7 +60,8 @@ def test_sgd_has_momentum(folder):
 
 
 def test_what_computes_is_compiled_if_asked(folder):
-    training, _ = trained(folder, "--compile", steps=0)
+    training, _ = trained(folder, steps=0)
+    training.args.compile = True
     compiled, parts = [], [training.student, training.teacher, training.photometric,
                            training.embedding_loss, training.relation_loss]
     for part in parts:
