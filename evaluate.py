@@ -8,8 +8,8 @@
     python evaluate.py features --pretrained_weights FILE --data_path FOLDER --output features.pt
 
 With torchrun before it each uses all GPUs. kNN and the linear probe, DINO's protocols, are in this
-file, fine-tuning and segmentation in extras/. Weights may be a backbone.pth or checkpoint.pth of
-train.py, or a released file (support/weights.py).
+file, fine-tuning, segmentation and detection in extras/. Weights may be a backbone.pth or
+checkpoint.pth of train.py, or a released file (support/weights.py).
 
 N images, C feature channels, K classes, k neighbors
 """
