@@ -28,7 +28,7 @@ from data import Batches, NoSplit, ViewsOfImages, build_dataset, labeled
 from model import Network, Output, build_encoder, update_teacher
 from relations import RelationHead, SelfRelationLoss
 from support.checkpoint import output_folder
-from support.distributed import Processes, check_alike, configure
+from support.distributed import Processes, check_alike, check_compiler, configure
 from support.errors import UserError
 from support.optim import clip_gradients, cosine_schedule, parameter_groups
 from support.options import parse_train_args
@@ -347,6 +347,7 @@ def main(argv=None):
     args = parse_train_args(argv)
     with Processes("train.py") as processes:
         configure(args, processes.device)
+        check_compiler(args, processes.device)
         images, val = build_datasets(args)
         check_alike(vars(args), train=images, val=val)
         training = Training(args, processes, len(images))

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from data import build_dataset
-from support.distributed import Processes, configure
+from support.distributed import Processes, check_compiler, configure
 from support.errors import UserError
 from support.options import COUNT, SIZE, flag, parse_train_args, switch
 from support.progress import progress
@@ -95,6 +95,7 @@ def time_step(args, processes):
     """Measure a step; return what the JSON line says."""
     device, say = processes.device, processes.say
     configure(args, device)
+    check_compiler(args, device)
     images = build_dataset(args.data_path, "train", args.label_depth, args.classes)
     training, batch = build(args, processes, images)
     flops, rate = count_flops(training, batch), matmul_rate(device, training.dtype)
@@ -150,7 +151,6 @@ def time_loader(args, processes, rounds=5, most=100):
         raise UserError("--loader needs image files (--data_path FOLDER), and one process")
     chosen = np.random.default_rng(0).permutation(len(images))[:most].tolist()
     loader = train.build_loader(args, images, processes)
-
     for index in chosen:
         images[index]    # one that can't be read is an error
 

@@ -152,10 +152,7 @@ def check_alike(arguments, **data_sets):
 
 
 def configure(args, device):
-    """Decide --precision auto and --compile, and set PyTorch's global switches.
-
-    Raises UserError where torch.compile is asked for, and lacks something.
-    """
+    """Decide --precision auto and --compile, and set PyTorch's global switches."""
     cuda = device.type == "cuda"
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # read with the first product
@@ -168,12 +165,12 @@ def configure(args, device):
     if cuda:    # TF32 where autocast leaves float32, but --precision fp32 means what it says
         torch.set_float32_matmul_precision("highest" if args.precision == "fp32" else "high")
         torch.backends.cudnn.benchmark = not args.deterministic
-    if args.compile:
-        check_compiler(device)
 
 
-def check_compiler(device):
-    """Raise UserError where torch.compile lacks something on this machine."""
+def check_compiler(args, device):
+    """Raise UserError where --compile is on, and lacks something on this machine."""
+    if not args.compile:
+        return
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
     except Exception as error:    # of many kinds, by what is lacking
