@@ -33,11 +33,11 @@ VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair 
 def build_segmentation(path, split, ignore_index=None):
     """Return the images and masks of a split at `path`.
 
-    split: "train", "val", or another folder.
-    path: "shapes", "voc" (Pascal VOC 2012, with SBD's images where they are there), a folder of
-    ImageNet-S or ADE20K, known by its layout, or a folder with <split>/images/ and <split>/masks/,
-    whose files have the same names but for the ending. ignore_index: what masks of the last kind
-    call a pixel that does not count; if None 255 in 8 bits. Raises UserError.
+    split: "train", "val", or another folder. path: "shapes", "voc" (Pascal VOC 2012, with SBD's
+    images where they are there), a folder of ImageNet-S or ADE20K, known by its layout, or a folder
+    with <split>/images/ and <split>/masks/, whose files have the same names but for the ending.
+    ignore_index: what masks of the last kind call a pixel that does not count; if None 255 in 8
+    bits. Raises UserError.
     """
     path = str(path)
     if path == "shapes":

@@ -202,8 +202,7 @@ def scores(matrix, absent_count):
 def evaluate_segmentation(model, images, size, window, device, num_workers=0, folder=None):
     """Return the scores on a data set of (image, mask), {} without masks.
 
-    Each process predicts its share.
-    folder: write predictions there.
+    Each process predicts its share. folder: write predictions there.
     """
     rank, processes = world()
     mine = range(rank, len(images), processes)
@@ -248,7 +247,7 @@ def draw_predictions(model, images, number, size, window, device, path):
 def settle(args, encoder, size, layout, processes):
     """Fill in defaults that depend on the head, the encoder and the data set.
 
-    Return the sides of training crops and of the short side to test at. Raises UserError.
+    Returns the sides of training crops and of the short side to test at. Raises UserError.
     """
     large = encoder.heads and encoder.dim >= ARCHITECTURES["vit_base"]["dim"]
     patch = encoder.patch_size

@@ -128,7 +128,7 @@ CONSEQUENCES = {
 def read_checkpoint(path):
     """Return what torch.save wrote to `path`, None without a file.
 
-    Raises UserError.
+    Raises UserError for a file that can't be read or is damaged.
     """
     try:
         with open(path, "rb") as file:
@@ -177,9 +177,8 @@ def find_checkpoint(path, arguments, remedy=f"{OTHER_FOLDER}, or --overwrite to 
 def restore(parts, checkpoint, path, counter, most):
     """Load the state of parts, once all of it is found to fit.
 
-    Returns checkpoint[counter].
-    parts: {name: module, optimizer, scaler, or a dict of numbers}. That number is what is done, at
-    most `most`. Raises UserError.
+    parts: {name: module, optimizer, scaler, or a dict of numbers}. Returns checkpoint[counter]: how
+    much is done, at most `most`. Raises UserError.
     """
     done = checkpoint.get(counter)
     faults = [fault for name, part in parts.items()

@@ -134,8 +134,8 @@ PER_MACHINE = {"num_workers", "data_path"}
 def check_alike(arguments, **data_sets):
     """Raise UserError where processes have other arguments or images.
 
-    All processes call it together.
-    arguments: by name. data_sets: likewise, each with a length and an `identity`, or None.
+    All processes call it together. arguments: by name. data_sets: likewise, each with a length and
+    an `identity`, or None.
     """
     if world()[1] == 1:
         return
