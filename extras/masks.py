@@ -27,6 +27,11 @@ IMAGENET_S = {"50": 51, "300": 301, "919": 920}    # classes, "other" among them
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
                "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()
 
+NAMED_SPLITS = {
+    "shapes": list(Shapes.LENGTH), "shapes-tuning": list(Shapes.LENGTH),
+    "voc": ["train", "trainval", "val"],
+}
+
 # --- data sets ------------------------------------------------------------------------------------
 
 
@@ -40,10 +45,10 @@ def build_segmentation(path, split, ignore_index=None):
     bits. Raises UserError.
     """
     path = str(path)
-    if path == "shapes":
-        return ShapesWithMasks(split)
-    if path == "voc":
-        return voc(split)
+    if path in NAMED_SPLITS:
+        if split not in NAMED_SPLITS[path]:
+            raise UserError(f"{path} has no split {split}: {', '.join(NAMED_SPLITS[path])}")
+        return voc(split) if path == "voc" else ShapesWithMasks(split, path)
     root = Path(path)
     if (root / "train-semi-segmentation").is_dir():
         return imagenet_s(root, {"train": "train-semi", "val": "validation"}.get(split, split))
@@ -224,8 +229,8 @@ def read_pixels(path):
 class ShapesWithMasks(Shapes):
     """Shapes with masks in place of labels: 0 is the ground, 1 + k is paper of kind k."""
 
-    def __init__(self, split):
-        super().__init__(split)
+    def __init__(self, split, name):
+        super().__init__(split, name)
         self.layout, self.has_masks = "shapes", True
         self.classes, self.class_names = 1 + len(SHAPES), ["ground", *SHAPES]
         self.names = [str(i) for i in range(len(self))]

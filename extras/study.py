@@ -34,9 +34,12 @@ from support.run import TERMS
 # the paper's mIoU on VOC and on ImageNet-S-300. The others are compared with the first row.
 STUDY = json.loads((Path(__file__).parent / "study.json").read_text())
 SETTINGS, LISTS = STUDY["settings"], STUDY["lists"]
+ENTROPIES = ("spatial_entropy", "channel_entropy")    # of the teacher's relations, at the end
 MEASURES = {"kNN": "kNN", "linear": "linear", "dense": "dense mIoU", "spatial": "A_p differs",
-            "channel": "A_c differs", "L_I": "L_I"}
-DIGITS = {"spatial": 3, "channel": 3, "L_I": 2}    # behind the point; others have 1
+            "channel": "A_c differs", "spatial_entropy": "A_p entropy",
+            "channel_entropy": "A_c entropy", "L_I": "L_I"}
+DIGITS = dict.fromkeys(("spatial", "channel"), 3)    # behind the point
+DIGITS |= dict.fromkeys((*ENTROPIES, "L_I"), 2)      # others have 1
 
 
 class Colors(nn.Module):
@@ -77,7 +80,8 @@ def train_and_evaluate(args, flags, seed, folder):
     train.main([*setting["train"].split(), *flags.split(), *data, *common,
                 "--output_dir", str(folder)])
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-    result = {"train_cpu_s": time.process_time() - started} | {name: last[name] for name in TERMS}
+    result = {"train_cpu_s": time.process_time() - started}
+    result |= {name: last[name] for name in (*TERMS, *ENTROPIES) if name in last}
 
     common += ["--pretrained_weights", weights]
     for task, key, path in (("knn", "kNN", data), ("linear", "linear", data),
@@ -91,24 +95,29 @@ def train_and_evaluate(args, flags, seed, folder):
     return result | found[weights]
 
 
+def data_of(args):
+    """Return the names of the images trained on and of those of the dense probe."""
+    return [Path(path).resolve().name for path in (args.data_path, args.dense_path)]
+
+
 def load_results(args):
-    """Return {(flags, seed): record} of this setting's lines in the file."""
+    """Return {(flags, seed): record} of the lines of this setting and these images."""
     lines = args.file.read_text().splitlines() if args.file.exists() else []
     records = [json.loads(line) for line in lines]
-    setting = SETTINGS[args.setting]
-    return {(r["flags"], r["seed"]): r for r in records if r["setting"] == setting}
+    return {(r["flags"], r["seed"]): r for r in records
+            if (r["setting"], r["data"]) == (SETTINGS[args.setting], data_of(args))}
 
 
 def run(args):
     """Train and measure the rows that the file lacks, seed by seed."""
-    done, setting = load_results(args), SETTINGS[args.setting]
+    done, setting, data = load_results(args), SETTINGS[args.setting], data_of(args)
     names = {flags: f"{title}, {name}" for title in args.lists for name, flags, *_ in LISTS[title]}
     missing = [(flags, seed) for seed in args.seeds for flags in names if (flags, seed) not in done]
     threads, spawn = (os.cpu_count() or 1) // args.jobs, multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (max(1, threads),)) as pool:
         runs = {}
         for flags, seed in missing:
-            digest = hashlib.sha256(json.dumps([setting, flags]).encode()).hexdigest()[:8]
+            digest = hashlib.sha256(json.dumps([setting, data, flags]).encode()).hexdigest()[:8]
             folder = Path("runs") / "study" / f"{args.setting}-{digest}-{seed}"
             runs[pool.submit(measure, args, flags, seed, folder)] = flags, seed, folder
         try:
@@ -118,7 +127,8 @@ def run(args):
                 if isinstance(future.exception(), SystemExit):    # it said why
                     print(f"{what}: failed, see {folder}/study.log", flush=True)
                     continue
-                record = {"flags": flags, "seed": seed, "setting": setting} | future.result()
+                record = {"flags": flags, "seed": seed, "setting": setting, "data": data}
+                record |= future.result()
                 with open(args.file, "a") as file:
                     file.write(json.dumps(record) + "\n")
                 print(f"{what}: {future.result()}", flush=True)
@@ -158,7 +168,7 @@ def main(argv=None):
     """Run a study, or print its tables, as the command line says (sys.argv if None)."""
     parser = Parser("extras.study", "%(prog)s LIST ... [--flag value ...]")
     parser.add_argument("lists", nargs="+", choices=["all", *LISTS], metavar="LIST",
-                        help=f"all, or some of {', '.join(LISTS)}")
+                        help=f"all of the paper, or some of {', '.join(LISTS)}")
     flag(parser, "setting", "shapes", None, "what is trained, and how long", choices=list(SETTINGS))
     flag(parser, "data_path", "shapes", None, "images with labels, as for train.py")
     flag(parser, "dense_path", "shapes", None, "images with masks, as for evaluate.py segment")
@@ -166,7 +176,8 @@ def main(argv=None):
     flag(parser, "jobs", 1, SIZE, "rows at a time, which share the cores")
     switch(parser, "table", False, "print the tables of what was measured so far")
     args = parser.parse_args(argv)
-    args.lists = list(LISTS) if "all" in args.lists else args.lists
+    if "all" in args.lists:
+        args.lists = [title for title in LISTS if title != "tuning"]
     args.file = Path("results") / f"study-{args.setting}.jsonl"
     args.file.parent.mkdir(exist_ok=True)
     if not args.table:

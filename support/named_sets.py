@@ -17,7 +17,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from support.errors import UserError
 from support.files import ImageFiles
 
-NAMES = ("shapes", "cifar10", "cifar100", "stl10", "flowers102", "stanfordcars", "inat2019")
+NAMES = ("shapes", "shapes-tuning", "cifar10", "cifar100", "stl10", "flowers102", "stanfordcars",
+         "inat2019")
 DOWNLOADS = "data"    # where torchvision keeps what it downloads, in the working directory
 
 
@@ -41,8 +42,8 @@ def named_set(name, split):
     Raises UserError if it is not to be had.
     "val" is the published test set where that has labels.
     """
-    if name == "shapes":
-        images = Shapes(split)
+    if name in ("shapes", "shapes-tuning"):
+        images = Shapes(split, name)
     elif name == "inat2019":
         images = inaturalist(split)
     else:
@@ -151,15 +152,17 @@ class Shapes(Dataset):
     independent of the label: the ground's color, the paper's outline, place and lightness, the
     print's scale, angle and strength, the color of every single shape, and noise. Every image has
     the same mean brightness. Deterministic by split and index. Nothing is stored.
+    "shapes-tuning" has another val, to choose settings on.
     """
 
     SIZE = 64
-    LENGTH = {"train": 5_000, "val": 1_000}
+    LENGTH = {"train": 5_000, "val": 1_000, "tuning": 1_000}
     HUE_DEVIATION = 0.12    # of an image from the hue of its kind, in turns
 
-    def __init__(self, split):
-        self.split, self.classes = split, len(SHAPES)
-        self.labels = torch.arange(self.LENGTH[split]) % self.classes
+    def __init__(self, split, name="shapes"):
+        self.split = "tuning" if (name, split) == ("shapes-tuning", "val") else split
+        self.classes = len(SHAPES)
+        self.labels = torch.arange(self.LENGTH[self.split]) % self.classes
 
     def __len__(self):
         return len(self.labels)

@@ -81,6 +81,8 @@ def test_shapes_are_deterministic_balanced_and_lie_on_paper():
     assert torch.equal(image, build_dataset("shapes", "train")[13][0])
     assert not torch.equal(image, val[13][0]) and not torch.equal(image, shapes[23][0])
     assert shapes.labels.bincount().tolist() == [500] * 10
+    tuning = [build_dataset("shapes-tuning", split) for split in ("train", "val")]
+    assert torch.equal(tuning[0][13][0], image) and not torch.equal(tuning[1][13][0], val[13][0])
     for i in range(10):    # what is printed is on the paper, and the mask says which kind it is
         image, mask = shapes.draw(i)
         assert mask.unique().tolist() == [0, 1 + i]

@@ -75,11 +75,18 @@ def test_a_folder_gives_images_and_masks(tmp_path):
     assert count_classes(images, 7) == 7    # others may be absent
 
 
+@pytest.mark.parametrize("name", ["shapes", "voc"])
+def test_named_sets_name_their_splits(name):
+    with pytest.raises(UserError, match=f"{name} has no split test: .*train.*val"):
+        build_segmentation(name, "test")
+
+
 def test_shapes_have_their_kind_as_mask():
     images = build_segmentation("shapes", "val")
     image, mask = Shapes("val").draw(7)
     assert torch.equal(images[7][0], image) and torch.equal(images[7][1], mask)
     assert len(images) == 1000 and count_classes(images) == 11
+    assert not torch.equal(build_segmentation("shapes-tuning", "val")[7][0], image)
 
 
 def rgb(numbers):

@@ -73,5 +73,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
         lines.append(json.dumps(line))
     (tmp_path / "results" / "study-shapes.jsonl").write_text("\n".join(lines))
     capsys.readouterr()
-    main(["colors", "--table"])
+    main([*command, "--table"])
     assert "| +35.0 ± 7.1 |" in capsys.readouterr().out    # 40 - 10 and 60 - 20
+    main(["colors", "--table"])
+    assert "±" not in capsys.readouterr().out    # of `shapes` nothing was measured
