@@ -79,9 +79,11 @@ def train_and_evaluate(args, flags, seed, folder):
     data = ["--data_path", args.data_path]
     train.main([*setting["train"].split(), *flags.split(), *data, *common,
                 "--output_dir", str(folder)])
-    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    log = {}    # the last of each number: losses are means of the last epoch
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        log |= json.loads(line)
     result = {"train_cpu_s": time.process_time() - started}
-    result |= {name: last[name] for name in (*TERMS, *ENTROPIES) if name in last}
+    result |= {name: log[name] for name in (*TERMS, *ENTROPIES) if name in log}
 
     common += ["--pretrained_weights", weights]
     for task, key, path in (("knn", "kNN", data), ("linear", "linear", data),
