@@ -138,32 +138,46 @@ def run(args):
             pool.shutdown(cancel_futures=True)
 
 
-def spread(values, digits, sign=""):
+def spread(values, digits, plus=""):
     """Write a mean ± its standard deviation over seeds; one value alone; or nothing."""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.{digits}f}{deviation}" if values else ""
+    return f"{statistics.mean(values):{plus}.{digits}f}{deviation}" if values else ""
 
 
-def table(title, results):
-    """Print a list in Markdown: what was measured, then differences, paired by seed."""
-    def values(flags, measure):
-        return {seed: record[measure] for (f, seed), record in results.items()
-                if f == flags and measure in record}
+def sign(values):
+    """Return + or −, or 0 within two standard errors of 0; nothing for fewer than two values."""
+    if len(values) < 2:
+        return ""
+    mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+    return "0" if abs(mean) <= 2 * error else "+" if mean > 0 else "−"
 
-    (first, reference, *paper), *others = LISTS[title]
-    columns = " | ".join([*MEASURES.values(), "paper: VOC", "paper: val"])
-    print(f"\n### {title}\n\n| | {columns} |\n{'|---' * (len(MEASURES) + 3)}|")
-    for name, flags, *numbers in LISTS[title]:
-        cells = [spread(list(values(flags, m).values()), DIGITS.get(m, 1)) for m in MEASURES]
-        print(f"| {name} | {' | '.join(cells)} | {' | '.join(str(n or '') for n in numbers)} |")
-    for name, flags, *numbers in others:
-        cells = []
-        for m in MEASURES:
-            ours, theirs = values(flags, m), values(reference, m)
-            paired = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-            cells.append(spread(paired, DIGITS.get(m, 1), "+"))
-        cells += [f"{a - b:+.1f}" if a else "" for a, b in zip(numbers, paper)]
-        print(f"| *{name} − {first}* | {' | '.join(cells)} |")
+
+def print_table(title, columns, rows):
+    print(f"\n### {title}\n")
+    for row in (["", *columns], ["---"] * (len(columns) + 1), *rows):
+        print(f"| {' | '.join(row)} |")
+
+
+def print_tables(titles, results):
+    """Print lists in Markdown, then how each row differs from its list's first, paired by seed."""
+    differences, columns = [], [*MEASURES.values(), "paper: VOC", "paper: val"]
+    for title in titles:
+        rows, (first, reference, *paper) = [], LISTS[title][0]
+        for name, flags, *numbers in LISTS[title]:
+            ours, paired = [], {}
+            for measure in MEASURES:
+                values, others = ({seed: record[measure] for (f, seed), record in results.items()
+                                   if f == row and measure in record} for row in (flags, reference))
+                ours.append(spread(list(values.values()), DIGITS.get(measure, 1)))
+                paired[measure] = [values[seed] - others[seed] for seed in values if seed in others]
+            rows.append([name, *ours, *(str(n) for n in numbers or ("", ""))])
+            if flags != reference:
+                cells = [spread(paired[m], DIGITS.get(m, 1), "+") for m in MEASURES]
+                cells += [f"{a - b:+.1f}" for a, b in zip(numbers, paper)] or ["", ""]
+                cells += [f"{sign(paired['kNN'])} {sign(paired['dense'])}"]
+                differences.append([f"{title}: {name} − {first}", *cells])
+        print_table(title, columns, rows)
+    print_table("Differences", [*columns, "signs: kNN, dense"], differences)
 
 
 def main(argv=None):
@@ -184,8 +198,7 @@ def main(argv=None):
     args.file.parent.mkdir(exist_ok=True)
     if not args.table:
         return run(args)
-    for title in args.lists:
-        table(title, load_results(args))
+    print_tables(args.lists, load_results(args))
 
 
 if __name__ == "__main__":
