@@ -15,7 +15,9 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import statistics
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -38,8 +40,7 @@ ENTROPIES = ("spatial_entropy", "channel_entropy")    # of the teacher's relatio
 MEASURES = {"kNN": "kNN", "linear": "linear", "dense": "dense mIoU", "spatial": "A_p differs",
             "channel": "A_c differs", "spatial_entropy": "A_p entropy",
             "channel_entropy": "A_c entropy", "L_I": "L_I"}
-DIGITS = dict.fromkeys(("spatial", "channel"), 3)    # behind the point
-DIGITS |= dict.fromkeys((*ENTROPIES, "L_I"), 2)      # others have 1
+DIGITS = {"spatial": 3, "channel": 3} | dict.fromkeys((*ENTROPIES, "L_I"), 2)    # or else 1
 
 
 class Colors(nn.Module):
@@ -59,10 +60,7 @@ class Colors(nn.Module):
 
 
 def measure(args, flags, seed, folder):
-    """Train and evaluate a row: {measure: number}.
-
-    What is printed goes to folder/study.log.
-    """
+    """Train and evaluate a row: {measure: number}. folder/study.log has what is printed."""
     folder.mkdir(parents=True, exist_ok=True)
     with (open(folder / "study.log", "a") as log, contextlib.redirect_stdout(log),
           contextlib.redirect_stderr(log)):
@@ -91,15 +89,9 @@ def train_and_evaluate(args, flags, seed, folder):
         found = evaluate.main([task, *common, *path, *setting[task].split()])
         result[key] = found["mIoU"] if task == "segment" else found["top1"]
     result["kNN"] = result["kNN"][20]
-    picture = ["--output", str(folder / "invariance.png")]
-    found = visualize.main(
-        ["invariance", *common, *data, *picture, *setting["invariance"].split()])
+    found = visualize.main(["invariance", *common, *data, *setting["invariance"].split(),
+                            "--output", str(folder / "invariance.png")])
     return result | found[weights]
-
-
-def data_of(args):
-    """Return the names of the images trained on and of those of the dense probe."""
-    return [Path(path).resolve().name for path in (args.data_path, args.dense_path)]
 
 
 def load_results(args):
@@ -107,19 +99,19 @@ def load_results(args):
     lines = args.file.read_text().splitlines() if args.file.exists() else []
     records = [json.loads(line) for line in lines]
     return {(r["flags"], r["seed"]): r for r in records
-            if (r["setting"], r["data"]) == (SETTINGS[args.setting], data_of(args))}
+            if (r["setting"], r["data"]) == (SETTINGS[args.setting], args.data)}
 
 
 def run(args):
     """Train and measure the rows that the file lacks, seed by seed."""
-    done, setting, data = load_results(args), SETTINGS[args.setting], data_of(args)
+    done, key = load_results(args), {"setting": SETTINGS[args.setting], "data": args.data}
     names = {flags: f"{title}, {name}" for title in args.lists for name, flags, *_ in LISTS[title]}
     missing = [(flags, seed) for seed in args.seeds for flags in names if (flags, seed) not in done]
     threads, spawn = (os.cpu_count() or 1) // args.jobs, multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (max(1, threads),)) as pool:
         runs = {}
         for flags, seed in missing:
-            digest = hashlib.sha256(json.dumps([setting, data, flags]).encode()).hexdigest()[:8]
+            digest = hashlib.sha256(json.dumps([flags, key]).encode()).hexdigest()[:8]
             folder = Path("runs") / "study" / f"{args.setting}-{digest}-{seed}"
             runs[pool.submit(measure, args, flags, seed, folder)] = flags, seed, folder
         try:
@@ -129,12 +121,13 @@ def run(args):
                 if isinstance(future.exception(), SystemExit):    # it said why
                     print(f"{what}: failed, see {folder}/study.log", flush=True)
                     continue
-                record = {"flags": flags, "seed": seed, "setting": setting, "data": data}
-                record |= future.result()
+                record = {"flags": flags, "seed": seed} | key | future.result()
                 with open(args.file, "a") as file:
                     file.write(json.dumps(record) + "\n")
                 print(f"{what}: {future.result()}", flush=True)
         finally:
+            for child in multiprocessing.active_children():    # what they train is saved
+                child.terminate()
             pool.shutdown(cancel_futures=True)
 
 
@@ -194,11 +187,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if "all" in args.lists:
         args.lists = [title for title in LISTS if title != "tuning"]
+    args.data = [Path(path).resolve().name for path in (args.data_path, args.dense_path)]
     args.file = Path("results") / f"study-{args.setting}.jsonl"
     args.file.parent.mkdir(exist_ok=True)
-    if not args.table:
-        return run(args)
-    print_tables(args.lists, load_results(args))
+    if args.table:
+        return print_tables(args.lists, load_results(args))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    run(args)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,12 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -77,3 +83,21 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert "| +35.0 ± 7.1 |" in capsys.readouterr().out    # 40 - 10 and 60 - 20
     main(["colors", "--table"])
     assert "±" not in capsys.readouterr().out    # of `shapes` nothing was measured
+
+
+@pytest.mark.slow
+def test_a_study_that_is_asked_to_end_leaves_no_process_behind(tmp_path):
+    folder = image_folder(tmp_path / "images", train=32)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "extras.study", "table8", "--data_path", folder, "--seeds", "0"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 600
+    while not list((tmp_path / "runs").glob("study/*/log.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate()    # ends when no child holds the pipe any more
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert list((tmp_path / "runs").glob("study/*/checkpoint.pth"))    # it goes on from there
+    assert not (tmp_path / "results" / "study-shapes.jsonl").exists()
