@@ -29,7 +29,7 @@ import evaluate
 import train
 from data import build_dataset
 from extras import visualize
-from support.options import COUNT, SIZE, Parser, flag, switch
+from support.options import COUNT, SIZE, Parser, flag, parse_train_args, switch
 from support.run import TERMS
 
 # A setting: flags of train.py and of each evaluation. A list: rows of name, flags of train.py, and
@@ -94,34 +94,44 @@ def train_and_evaluate(args, flags, seed, folder):
     return result | found[weights]
 
 
+def identify(args, flags):
+    """Return a digest of all that makes a row but its seed: flags as parsed, and images."""
+    setting = SETTINGS[args.setting]
+    if not flags.startswith("colors"):
+        argv = [*setting["train"].split(), *flags.split(), "--data_path", args.data_path]
+        flags = vars(parse_train_args(argv)) | dict.fromkeys(("data_path", "output_dir"))
+    text = json.dumps([flags, setting, args.data], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 def load_results(args):
-    """Return {(flags, seed): record} of the lines of this setting and these images."""
+    """Return {(row, seed): record} of the lines in the file."""
     lines = args.file.read_text().splitlines() if args.file.exists() else []
-    records = [json.loads(line) for line in lines]
-    return {(r["flags"], r["seed"]): r for r in records
-            if (r["setting"], r["data"]) == (SETTINGS[args.setting], args.data)}
+    return {(r["row"], r["seed"]): r for r in map(json.loads, lines)}
 
 
 def run(args):
     """Train and measure the rows that the file lacks, seed by seed."""
-    done, key = load_results(args), {"setting": SETTINGS[args.setting], "data": args.data}
-    names = {flags: f"{title}, {name}" for title in args.lists for name, flags, *_ in LISTS[title]}
-    missing = [(flags, seed) for seed in args.seeds for flags in names if (flags, seed) not in done]
+    done = load_results(args)
+    rows = {identify(args, flags): (f"{title}, {name}", flags)
+            for title in args.lists for name, flags, *_ in LISTS[title]}
+    missing = [(row, seed) for seed in args.seeds for row in rows if (row, seed) not in done]
     threads, spawn = (os.cpu_count() or 1) // args.jobs, multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (max(1, threads),)) as pool:
         runs = {}
-        for flags, seed in missing:
-            digest = hashlib.sha256(json.dumps([flags, key]).encode()).hexdigest()[:8]
-            folder = Path("runs") / "study" / f"{args.setting}-{digest}-{seed}"
-            runs[pool.submit(measure, args, flags, seed, folder)] = flags, seed, folder
+        for row, seed in missing:
+            folder = Path("runs") / "study" / f"{args.setting}-{row}-{seed}"
+            runs[pool.submit(measure, args, rows[row][1], seed, folder)] = row, seed, folder
         try:
             for number, future in enumerate(as_completed(runs), start=1):
-                flags, seed, folder = runs[future]
-                what = f"{number}/{len(runs)} {names[flags]}, seed {seed}"
+                row, seed, folder = runs[future]
+                name, flags = rows[row]
+                what = f"{number}/{len(runs)} {name}, seed {seed}"
                 if isinstance(future.exception(), SystemExit):    # it said why
                     print(f"{what}: failed, see {folder}/study.log", flush=True)
                     continue
-                record = {"flags": flags, "seed": seed} | key | future.result()
+                record = {"row": row, "seed": seed, "flags": flags, "data": args.data}
+                record |= SETTINGS[args.setting] | future.result()
                 with open(args.file, "a") as file:
                     file.write(json.dumps(record) + "\n")
                 print(f"{what}: {future.result()}", flush=True)
@@ -151,16 +161,18 @@ def print_table(title, columns, rows):
         print(f"| {' | '.join(row)} |")
 
 
-def print_tables(titles, results):
+def print_tables(args):
     """Print lists in Markdown, then how each row differs from its list's first, paired by seed."""
+    results = load_results(args)
     differences, columns = [], [*MEASURES.values(), "paper: VOC", "paper: val"]
-    for title in titles:
+    for title in args.lists:
         rows, (first, reference, *paper) = [], LISTS[title][0]
         for name, flags, *numbers in LISTS[title]:
             ours, paired = [], {}
             for measure in MEASURES:
-                values, others = ({seed: record[measure] for (f, seed), record in results.items()
-                                   if f == row and measure in record} for row in (flags, reference))
+                values, others = ({seed: record[measure] for (r, seed), record in results.items()
+                                   if r == identify(args, f) and measure in record}
+                                  for f in (flags, reference))
                 ours.append(spread(list(values.values()), DIGITS.get(measure, 1)))
                 paired[measure] = [values[seed] - others[seed] for seed in values if seed in others]
             rows.append([name, *ours, *(str(n) for n in numbers or ("", ""))])
@@ -191,7 +203,7 @@ def main(argv=None):
     args.file = Path("results") / f"study-{args.setting}.jsonl"
     args.file.parent.mkdir(exist_ok=True)
     if args.table:
-        return print_tables(args.lists, load_results(args))
+        return print_tables(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     run(args)
 
