@@ -1,12 +1,14 @@
 """What the paper compares SERE with, and no recipe uses.
 
-DINO+ (Table 10), and relations over the batch (Table 11).
+DINO+ (Table 10), and relations over the batch (Table 11). And what colors alone tell.
 
 B batch, V views, G global views, N patches, C channels, K outputs, S points a side
 """
 
 import torch
+from torch import nn
 
+from augment import denormalize
 from baselines import DINOLoss, IBOTHead, IBOTLoss, assign, cross_entropy, entropy
 from relations import SelfRelationLoss, channel_relation
 from sampler import overlap, region_align
@@ -70,3 +72,19 @@ class BatchRelationLoss(SelfRelationLoss):
     def channel_relation(self, c, temperature):
         """Relate channels over a batch: (B, N, C) -> (1, C, C)."""
         return average_over_processes(channel_relation(c.flatten(0, 1)[None], temperature))
+
+
+class Colors(nn.Module):
+    """Encode colors only, for the study: their mean, or a histogram of `bins` a channel."""
+
+    def __init__(self, bins):
+        super().__init__()
+        self.bins, self.dim, self.norm = bins, bins**3 or 3, nn.Identity()
+
+    def forward(self, images):
+        if not self.bins:
+            return images.mean(dim=(2, 3))[:, None]                                 # (B, 1, 3)
+        level = (denormalize(images) * self.bins).long().clamp(0, self.bins - 1)
+        color = (level[:, 0] * self.bins + level[:, 1]) * self.bins + level[:, 2]   # (B, H, W)
+        counts = [torch.bincount(c.flatten(), minlength=self.dim) for c in color]
+        return torch.stack(counts).sqrt()[:, None]                                  # (B, 1, C)

@@ -12,6 +12,7 @@ results/study-SETTING.jsonl. The same command goes on from there. Lists share wh
 
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,12 +24,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import evaluate
 import train
 from data import build_dataset
 from extras import visualize
+from extras.ablations import Colors
 from support.options import COUNT, SIZE, Parser, flag, parse_train_args, switch
 from support.run import TERMS
 
@@ -41,22 +42,6 @@ MEASURES = {"kNN": "kNN", "linear": "linear", "dense": "dense mIoU", "spatial": 
             "channel": "A_c differs", "spatial_entropy": "A_p entropy",
             "channel_entropy": "A_c entropy", "L_I": "L_I"}
 DIGITS = {"spatial": 3, "channel": 3} | dict.fromkeys((*ENTROPIES, "L_I"), 2)    # or else 1
-
-
-class Colors(nn.Module):
-    """Encode colors only: their mean, or a histogram of `bins` a channel."""
-
-    def __init__(self, bins):
-        super().__init__()
-        self.bins, self.dim, self.norm = bins, bins**3 or 3, nn.Identity()
-
-    def forward(self, images):
-        if not self.bins:
-            return images.mean(dim=(2, 3))[:, None]                                 # (B, 1, 3)
-        level = (visualize.denormalize(images) * self.bins).long().clamp(0, self.bins - 1)
-        color = (level[:, 0] * self.bins + level[:, 1]) * self.bins + level[:, 2]   # (B, H, W)
-        counts = [torch.bincount(c.flatten(), minlength=self.dim) for c in color]
-        return torch.stack(counts).sqrt()[:, None]                                  # (B, 1, C)
 
 
 def measure(args, flags, seed, folder):
@@ -112,37 +97,36 @@ def load_results(args):
 
 def run(args):
     """Train and measure the rows that the file lacks, seed by seed."""
-    done = load_results(args)
+    done, runs = load_results(args), {}
     rows = {identify(args, flags): (f"{title}, {name}", flags)
             for title in args.lists for name, flags, *_ in LISTS[title]}
-    missing = [(row, seed) for seed in args.seeds for row in rows if (row, seed) not in done]
     threads, spawn = (os.cpu_count() or 1) // args.jobs, multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (max(1, threads),)) as pool:
-        runs = {}
-        for row, seed in missing:
-            folder = Path("runs") / "study" / f"{args.setting}-{row}-{seed}"
-            runs[pool.submit(measure, args, rows[row][1], seed, folder)] = row, seed, folder
+        for seed, row in itertools.product(args.seeds, rows):
+            if (row, seed) not in done:
+                folder = Path("runs", "study", f"{row}-{seed}")
+                runs[pool.submit(measure, args, rows[row][1], seed, folder)] = row, seed, folder
         try:
             for number, future in enumerate(as_completed(runs), start=1):
                 row, seed, folder = runs[future]
-                name, flags = rows[row]
-                what = f"{number}/{len(runs)} {name}, seed {seed}"
+                (name, flags), what = rows[row], f"{number}/{len(runs)}"
                 if isinstance(future.exception(), SystemExit):    # it said why
-                    print(f"{what}: failed, see {folder}/study.log", flush=True)
+                    print(f"{what} {name}, seed {seed}: failed, see {folder}/study.log", flush=True)
                     continue
                 record = {"row": row, "seed": seed, "flags": flags, "data": args.data}
                 record |= SETTINGS[args.setting] | future.result()
                 with open(args.file, "a") as file:
                     file.write(json.dumps(record) + "\n")
-                print(f"{what}: {future.result()}", flush=True)
+                print(f"{what} {name}, seed {seed}: kNN {record['kNN']:.1f} %", flush=True)
         finally:
             for child in multiprocessing.active_children():    # what they train is saved
                 child.terminate()
             pool.shutdown(cancel_futures=True)
 
 
-def spread(values, digits, plus=""):
+def spread(values, measure, plus=""):
     """Write a mean ± its standard deviation over seeds; one value alone; or nothing."""
+    digits = DIGITS.get(measure, 1)
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{plus}.{digits}f}{deviation}" if values else ""
 
@@ -163,25 +147,25 @@ def print_table(title, columns, rows):
 
 def print_tables(args):
     """Print lists in Markdown, then how each row differs from its list's first, paired by seed."""
-    results = load_results(args)
-    differences, columns = [], [*MEASURES.values(), "paper: VOC", "paper: val"]
+    results, differences = load_results(args), []
+    columns = [*MEASURES.values(), "paper: VOC", "paper: val"]
     for title in args.lists:
-        rows, (first, reference, *paper) = [], LISTS[title][0]
+        lines, (first, _, *paper), theirs = [], LISTS[title][0], None
         for name, flags, *numbers in LISTS[title]:
-            ours, paired = [], {}
-            for measure in MEASURES:
-                values, others = ({seed: record[measure] for (r, seed), record in results.items()
-                                   if r == identify(args, f) and measure in record}
-                                  for f in (flags, reference))
-                ours.append(spread(list(values.values()), DIGITS.get(measure, 1)))
-                paired[measure] = [values[seed] - others[seed] for seed in values if seed in others]
-            rows.append([name, *ours, *(str(n) for n in numbers or ("", ""))])
-            if flags != reference:
-                cells = [spread(paired[m], DIGITS.get(m, 1), "+") for m in MEASURES]
+            row = identify(args, flags)
+            ours = {m: {seed: record[m] for (r, seed), record in results.items()
+                        if r == row and m in record} for m in MEASURES}
+            cells = [spread(list(ours[m].values()), m) for m in MEASURES]
+            lines.append([name, *cells, *(str(n) for n in numbers or ("", ""))])
+            if theirs:
+                paired = {m: [ours[m][seed] - theirs[m][seed] for seed in ours[m]
+                              if seed in theirs[m]] for m in MEASURES}
+                cells = [spread(paired[m], m, "+") for m in MEASURES]
                 cells += [f"{a - b:+.1f}" for a, b in zip(numbers, paper)] or ["", ""]
                 cells += [f"{sign(paired['kNN'])} {sign(paired['dense'])}"]
                 differences.append([f"{title}: {name} − {first}", *cells])
-        print_table(title, columns, rows)
+            theirs = theirs or ours
+        print_table(title, columns, lines)
     print_table("Differences", [*columns, "signs: kNN, dense"], differences)
 
 

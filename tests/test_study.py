@@ -17,7 +17,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 import train
 from augment import normalize
-from extras.study import LISTS, MEASURES, SETTINGS, Colors, main, measure
+from extras.ablations import Colors
+from extras.study import LISTS, MEASURES, SETTINGS, main, measure
 from support.evaluate_options import parse_evaluate_args
 from support.options import parse_train_args
 
