@@ -19,7 +19,6 @@ import os
 import signal
 import statistics
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -57,16 +56,14 @@ def measure(args, flags, seed, folder):
 
 
 def train_and_evaluate(args, flags, seed, folder):
-    setting, started = SETTINGS[args.setting], time.process_time()
+    setting, data = SETTINGS[args.setting], ["--data_path", args.data_path]
     weights, common = str(folder / "backbone.pth"), ["--seed", str(seed), "--num_workers", "0"]
-    data = ["--data_path", args.data_path]
     train.main([*setting["train"].split(), *flags.split(), *data, *common,
                 "--output_dir", str(folder)])
     log = {}    # the last of each number: losses are means of the last epoch
     for line in (folder / "log.jsonl").read_text().splitlines():
         log |= json.loads(line)
-    result = {"train_cpu_s": time.process_time() - started}
-    result |= {name: log[name] for name in (*TERMS, *ENTROPIES) if name in log}
+    result = {name: log[name] for name in (*TERMS, *ENTROPIES) if name in log}
 
     common += ["--pretrained_weights", weights]
     for task, key, path in (("knn", "kNN", data), ("linear", "linear", data),
