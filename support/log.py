@@ -23,25 +23,28 @@ class Log:
     """log.jsonl: a JSON object a line, of kind "step" or, with means over it, "epoch".
 
     Lines after `step`, of a run that was cut off later than its checkpoint, are removed, and so is
-    what is no such line. `epochs`: the steps at whose end an epoch has its line. board:
-    TensorBoard's SummaryWriter, to write the same to a folder `tensorboard` beside it, or None.
+    what is no such line. `epochs`: {step at its end: the epoch's line}. board: TensorBoard's
+    SummaryWriter, to write the same to a folder `tensorboard` beside it, or None.
     """
 
     def __init__(self, path, step, board=None):
         purge = step + 1 if step else None
         self.board = board and board(path.parent / "tensorboard", purge_step=purge)
-        kept, self.epochs = [], set()
+        kept, self.epochs = [], {}
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             with contextlib.suppress(ValueError, TypeError, KeyError):    # cut short by a kill
                 values = json.loads(line)
                 if 0 < step >= values["step"]:
                     kept.append(line + "\n")
-                    self.epochs |= {values["step"]} if values["kind"] == "epoch" else set()
+                    if values["kind"] == "epoch":
+                        self.epochs[values["step"]] = values
         with replacing(path) as file:
             file.write("".join(kept).encode())
         self.file = open(path, "a", buffering=1)
 
     def write(self, *, kind, step, **values):
+        if kind == "epoch":
+            self.epochs[step] = values
         self.file.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
         if self.board:
             for name, value in values.items():

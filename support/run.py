@@ -378,6 +378,7 @@ class Run:
                      "command to resume")
             return
         self.draw_attention()
+        self.summarize()
         if self.step < self.steps:
             end = (f"stopped after step {self.step} of {self.steps}" if self.step == self.last_step
                    else f"nothing to do: step {self.step} of {self.steps} was done before")
@@ -387,6 +388,19 @@ class Run:
             self.say(f"done. What it is worth: {self.evaluation()}")
         else:
             self.say(f"done: {self.folder}/backbone.pth")
+
+    def summarize(self):
+        """Say what kNN and the losses were, epoch by epoch, and where the pictures are."""
+        if self.is_main:
+            measured = [line for line in self.lines.epochs.values() if "kNN" in line]
+            names = [name for name in ("kNN", *TERMS) if any(line.get(name) for line in measured)]
+            header = [" epoch", *(f"{name:>8}" for name in names)]
+            rows = [[f"{line['epoch']:6}", *(f"{line[name]:8.2f}" if name in line else 8 * " "
+                                             for name in names)] for line in measured]
+            for row in [header, *rows] if len(rows) > 1 else []:
+                self.say("".join(row))
+            pictures = [self.folder / name for name in ("views.png", "attention.png")]
+            self.say(f"pictures: {', '.join(str(path) for path in pictures if path.exists())}")
 
     def evaluation(self):
         """Return the command that measures the encoder by kNN."""

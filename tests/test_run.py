@@ -332,6 +332,10 @@ def test_a_signal_saves_and_the_same_command_resumes(
     assert load(tmp_path / "checkpoint.pth")["step"] == step and list(log_of(tmp_path)[1]) == [0]
     run(folder, tmp_path)
     assert_same_run(tmp_path, uninterrupted)
+    # The table at the end is of both parts.
+    table = re.findall(r"^ +(\d) +(\d+\.\d\d) ", capsys.readouterr().out, re.MULTILINE)
+    knn = log_of(tmp_path)[1]
+    assert table == [(str(end // 4), f"{accuracy:.2f}") for end, accuracy in knn.items()]
 
 
 def in_another_process(*arguments):
