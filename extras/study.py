@@ -110,8 +110,8 @@ def run(args):
                 if isinstance(future.exception(), SystemExit):    # it said why
                     print(f"{what} {name}, seed {seed}: failed, see {folder}/study.log", flush=True)
                     continue
-                record = {"row": row, "seed": seed, "flags": flags, "data": args.data}
-                record |= SETTINGS[args.setting] | future.result()
+                record = {"row": row, "seed": seed, "flags": flags, "data": args.data,
+                          "setting": SETTINGS[args.setting]} | future.result()
                 with open(args.file, "a") as file:
                     file.write(json.dumps(record) + "\n")
                 print(f"{what} {name}, seed {seed}: kNN {record['kNN']:.1f} %", flush=True)
