@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 import train
 from augment import normalize
 from extras.ablations import Colors
-from extras.study import LISTS, MEASURES, SETTINGS, main, measure
+from extras.study import LISTS, MEASURES, SETTINGS, identify, main, measure, sign
 from support.evaluate_options import parse_evaluate_args
 from support.options import parse_train_args
 
@@ -71,13 +71,12 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     main([*command, "--seeds", "1"])
     main([*command, "--seeds", "0", "1"])
     lines = (tmp_path / "results" / "study-shapes.jsonl").read_text().splitlines()
-    records = {(r["flags"], r["seed"]): r["kNN"] for r in map(json.loads, lines)}
+    records = {(r["flags"], r["seed"]): r for r in map(json.loads, lines)}
     assert len(lines) == len(records) == 4
 
     # Invented numbers, to know the paired difference of.
-    for (flags, seed), kNN in zip(sorted(records), (10, 20, 40, 60)):
-        line = json.loads(lines[0]) | {"flags": flags, "seed": seed, "kNN": kNN}
-        lines.append(json.dumps(line))
+    for key, kNN in zip(sorted(records), (10, 20, 40, 60)):
+        lines.append(json.dumps(records[key] | {"kNN": kNN}))
     (tmp_path / "results" / "study-shapes.jsonl").write_text("\n".join(lines))
     capsys.readouterr()
     main([*command, "--table"])
@@ -102,3 +101,20 @@ def test_a_study_that_is_asked_to_end_leaves_no_process_behind(tmp_path):
     assert process.returncode == 128 + signal.SIGTERM, output
     assert list((tmp_path / "runs").glob("study/*/checkpoint.pth"))    # it goes on from there
     assert not (tmp_path / "results" / "study-shapes.jsonl").exists()
+
+
+def test_a_row_is_what_its_arguments_say_and_not_how():
+    def row(flags, setting="shapes", data="shapes"):
+        args = SimpleNamespace(setting=setting, data_path=data, data=[data, "shapes"])
+        return identify(args, flags)
+
+    assert row("") == row("--alpha 1") == row("--temperature_channel 0.1  --alpha 1.0")
+    others = [row("--alpha 0"), row("colors 0"), row("", "photographs"), row("", data="cifar10")]
+    assert len({row(""), *others}) == 5
+
+
+@pytest.mark.parametrize("values, expected", [
+    ([4, 5, 6], "+"), ([-4, -5, -6], "−"), ([-1, 0, 1], "0"), ([0.0, 1.0, 2.0], "0"), ([7], ""),
+])
+def test_a_sign_is_beyond_two_standard_errors(values, expected):
+    assert sign(values) == expected
