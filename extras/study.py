@@ -7,7 +7,7 @@
 A list holds rows of train.py's flags, which follow those of the setting. Each is trained with every
 seed and measured: kNN, linear probe, dense probe (1 x 1 convolution on frozen patches), and how far
 the self-relations of two views differ (Fig. 6). A finished row is a line of
-results/study-SETTING.jsonl. The same command goes on from there. Lists share what they train.
+results/study-SETTING.jsonl. The same command goes on from there.
 """
 
 import contextlib
@@ -29,6 +29,8 @@ import train
 from data import build_dataset
 from extras import visualize
 from extras.ablations import Colors
+from extras.masks import build_segmentation
+from support.errors import UserError
 from support.options import COUNT, SIZE, Parser, flag, parse_train_args, switch
 from support.run import TERMS
 
@@ -50,9 +52,15 @@ def measure(args, flags, seed, folder):
           contextlib.redirect_stderr(log)):
         if flags.startswith("colors"):
             images = [build_dataset(args.data_path, split) for split in ("train", "val")]
-            encoder, device = Colors(int(flags.split()[1])), torch.device("cpu")
-            return {"kNN": evaluate.knn_accuracy(encoder, *images, 64, device)[20]}
-        return train_and_evaluate(args, flags, seed, folder)
+            found = evaluate.knn_accuracy(Colors(int(flags[-1])), *images, 64, torch.device("cpu"))
+            return {"kNN": found[20]}
+        try:
+            return train_and_evaluate(args, flags, seed, folder)
+        except SystemExit as stopped:
+            if stopped.code > 2:    # by a signal: not to take up the next row
+                log.flush()
+                os._exit(stopped.code)
+            raise
 
 
 def train_and_evaluate(args, flags, seed, folder):
@@ -60,11 +68,9 @@ def train_and_evaluate(args, flags, seed, folder):
     weights, common = str(folder / "backbone.pth"), ["--seed", str(seed), "--num_workers", "0"]
     train.main([*setting["train"].split(), *flags.split(), *data, *common,
                 "--output_dir", str(folder)])
-    log = {}    # the last of each number: losses are means of the last epoch
-    for line in (folder / "log.jsonl").read_text().splitlines():
-        log |= json.loads(line)
-    result = {name: log[name] for name in (*TERMS, *ENTROPIES) if name in log}
-
+    log, result = (folder / "log.jsonl").read_text().splitlines(), {}
+    for line in map(json.loads, log):    # the last stays: losses are means of the last epoch
+        result |= {name: line[name] for name in (*TERMS, *ENTROPIES) if name in line}
     common += ["--pretrained_weights", weights]
     for task, key, path in (("knn", "kNN", data), ("linear", "linear", data),
                             ("segment", "dense", ["--data_path", args.dense_path])):
@@ -99,22 +105,20 @@ def run(args):
             for title in args.lists for name, flags, *_ in LISTS[title]}
     threads, spawn = (os.cpu_count() or 1) // args.jobs, multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (max(1, threads),)) as pool:
-        for seed, row in itertools.product(args.seeds, rows):
+        for seed, (row, (name, flags)) in itertools.product(args.seeds, rows.items()):
             if (row, seed) not in done:
                 folder = Path("runs", "study", f"{row}-{seed}")
-                runs[pool.submit(measure, args, rows[row][1], seed, folder)] = row, seed, folder
+                head = {"row": row, "seed": seed, "flags": flags, "data": args.data}
+                runs[pool.submit(measure, args, flags, seed, folder)] = head, name, folder
         try:
             for number, future in enumerate(as_completed(runs), start=1):
-                row, seed, folder = runs[future]
-                (name, flags), what = rows[row], f"{number}/{len(runs)}"
+                head, name, folder = runs[future]
                 if isinstance(future.exception(), SystemExit):    # it said why
-                    print(f"{what} {name}, seed {seed}: failed, see {folder}/study.log", flush=True)
-                    continue
-                record = {"row": row, "seed": seed, "flags": flags, "data": args.data,
-                          "setting": SETTINGS[args.setting]} | future.result()
+                    sys.exit(f"extras.study: error: {name} failed, see {folder}/study.log")
+                record = head | {"setting": SETTINGS[args.setting]} | future.result()
                 with open(args.file, "a") as file:
                     file.write(json.dumps(record) + "\n")
-                print(f"{what} {name}, seed {seed}: kNN {record['kNN']:.1f} %", flush=True)
+                print(f"{number}/{len(runs)} {name}: kNN {record['kNN']:.1f} %", flush=True)
         finally:
             for child in multiprocessing.active_children():    # what they train is saved
                 child.terminate()
@@ -123,9 +127,9 @@ def run(args):
 
 def spread(values, measure, plus=""):
     """Write a mean ± its standard deviation over seeds; one value alone; or nothing."""
-    digits = DIGITS.get(measure, 1)
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{plus}.{digits}f}{deviation}" if values else ""
+    form = f".{DIGITS.get(measure, 1)}f"
+    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{plus}{form}}{deviation}" if values else ""
 
 
 def sign(values):
@@ -137,9 +141,8 @@ def sign(values):
 
 
 def print_table(title, columns, rows):
-    print(f"\n### {title}\n")
-    for row in (["", *columns], ["---"] * (len(columns) + 1), *rows):
-        print(f"| {' | '.join(row)} |")
+    lines = [["", *columns], ["---"] * (len(columns) + 1), *rows]
+    print(f"\n### {title}\n", *(f"| {' | '.join(line)} |" for line in lines), sep="\n")
 
 
 def print_tables(args):
@@ -178,13 +181,17 @@ def main(argv=None):
     flag(parser, "jobs", 1, SIZE, "rows at a time, which share the cores")
     switch(parser, "table", False, "print the tables of what was measured so far")
     args = parser.parse_args(argv)
-    if "all" in args.lists:
-        args.lists = [title for title in LISTS if title != "tuning"]
+    args.lists = [t for t in LISTS if t in args.lists or "all" in args.lists and t != "tuning"]
     args.data = [Path(path).resolve().name for path in (args.data_path, args.dense_path)]
     args.file = Path("results") / f"study-{args.setting}.jsonl"
     args.file.parent.mkdir(exist_ok=True)
     if args.table:
         return print_tables(args)
+    try:
+        build_dataset(args.data_path, "val")
+        build_segmentation(args.dense_path, "val")
+    except UserError as error:
+        parser.error(str(error))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     run(args)
 
