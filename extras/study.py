@@ -38,6 +38,7 @@ from support.run import TERMS
 # the paper's mIoU on VOC and on ImageNet-S-300. The others are compared with the first row.
 STUDY = json.loads((Path(__file__).parent / "study.json").read_text())
 SETTINGS, LISTS = STUDY["settings"], STUDY["lists"]
+PAPER = [title for title in LISTS if title not in ("tuning", "photographs")]
 ENTROPIES = ("spatial_entropy", "channel_entropy")    # of the teacher's relations, at the end
 MEASURES = {"kNN": "kNN", "linear": "linear", "dense": "dense mIoU", "spatial": "A_p differs",
             "channel": "A_c differs", "spatial_entropy": "A_p entropy",
@@ -48,7 +49,7 @@ DIGITS = {"spatial": 3, "channel": 3} | dict.fromkeys((*ENTROPIES, "L_I"), 2)   
 def measure(args, flags, seed, folder):
     """Train and evaluate a row: {measure: number}. folder/study.log has what is printed."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (open(folder / "study.log", "a") as log, contextlib.redirect_stdout(log),
+    with (open(folder / "study.log", "a", 1) as log, contextlib.redirect_stdout(log),
           contextlib.redirect_stderr(log)):
         if flags.startswith("colors"):
             images = [build_dataset(args.data_path, split) for split in ("train", "val")]
@@ -58,7 +59,6 @@ def measure(args, flags, seed, folder):
             return train_and_evaluate(args, flags, seed, folder)
         except SystemExit as stopped:
             if stopped.code > 2:    # by a signal: not to take up the next row
-                log.flush()
                 os._exit(stopped.code)
             raise
 
@@ -181,7 +181,7 @@ def main(argv=None):
     flag(parser, "jobs", 1, SIZE, "rows at a time, which share the cores")
     switch(parser, "table", False, "print the tables of what was measured so far")
     args = parser.parse_args(argv)
-    args.lists = [t for t in LISTS if t in args.lists or "all" in args.lists and t != "tuning"]
+    args.lists = PAPER if "all" in args.lists else args.lists
     args.data = [Path(path).resolve().name for path in (args.data_path, args.dense_path)]
     args.file = Path("results") / f"study-{args.setting}.jsonl"
     args.file.parent.mkdir(exist_ok=True)
