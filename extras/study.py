@@ -133,8 +133,8 @@ def spread(values, measure, plus=""):
 
 
 def sign(values):
-    """Return + or −, or 0 within two standard errors of 0; nothing for fewer than two values."""
-    if len(values) < 2:
+    """Return + or −, or 0 within two standard errors of 0; nothing for less than three seeds."""
+    if len(values) < 3:
         return ""
     mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
     return "0" if abs(mean) <= 2 * error else "+" if mean > 0 else "−"
@@ -146,7 +146,7 @@ def print_table(title, columns, rows):
 
 
 def print_tables(args):
-    """Print lists in Markdown, then how each row differs from its list's first, paired by seed."""
+    """Print lists in Markdown, then how rows differ from their list's first, paired by seed."""
     results, differences = load_results(args), []
     columns = [*MEASURES.values(), "paper: VOC", "paper: val"]
     for title in args.lists:
@@ -159,14 +159,14 @@ def print_tables(args):
             lines.append([name, *cells, *(str(n) for n in numbers or ("", ""))])
             if theirs:
                 paired = {m: [ours[m][seed] - theirs[m][seed] for seed in ours[m]
-                              if seed in theirs[m]] for m in MEASURES}
-                cells = [spread(paired[m], m, "+") for m in MEASURES]
+                              if seed in theirs[m]] for m in ("kNN", "linear", "dense")}
+                cells = [spread(paired[m], m, "+") for m in paired]
                 cells += [f"{a - b:+.1f}" for a, b in zip(numbers, paper)] or ["", ""]
                 cells += [f"{sign(paired['kNN'])} {sign(paired['dense'])}"]
                 differences.append([f"{title}: {name} − {first}", *cells])
             theirs = theirs or ours
         print_table(title, columns, lines)
-    print_table("Differences", [*columns, "signs: kNN, dense"], differences)
+    print_table("Differences", [*columns[:3], *columns[-2:], "signs: kNN, dense"], differences)
 
 
 def main(argv=None):
