@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Where what stands in the params of a view. The first five numbers are the box of sampler.py.
+# The columns of `params`, a row a view. The first five are the box of sampler.py.
 BOX = slice(0, 5)           # x0, y0, x1, y1 in fractions of the image; flipped, 0 or 1
 FACTORS = slice(5, 8)       # brightness, contrast, saturation; 1 leaves as it is
 HUE = 8                     # in turns, -0.5 to 0.5; 0 leaves as it is
@@ -115,8 +115,8 @@ class BlockMask:
     """Draw iBOT's masks: rectangles, until a share of the patches is hidden.
 
     The share is one of `ratios` plus or minus up to its entry in `variances`, each as likely; it is
-    not exceeded. A rectangle's sides are in a ratio of 0.3 to 1 / 0.3, its area is at least a ninth
-    of the grid as long as so much is left to hide.
+    not exceeded. A rectangle's sides are in a ratio of 0.3 to 1 / 0.3, its area is drawn between
+    (grid // 3)² patches and what is left to hide.
     """
 
     def __init__(self, grid, ratios=(0.0, 0.3), variances=(0.0, 0.2)):

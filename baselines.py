@@ -163,7 +163,7 @@ class IBOTHead(DINOHead):
     """A DINOHead for class tokens and for patches hidden from the student.
 
     patch_out_dim: of the patches' own last layer; None to share the one of the class tokens. most:
-    P. No other patch is given to the head: that is what makes a large K affordable.
+    P. No other patch reaches the last layer: that is what makes a large K affordable.
     """
 
     def __init__(self, in_dim, out_dim, norm_last_layer=True, hidden_dim=2048, bottleneck_dim=256,

@@ -204,7 +204,7 @@ class Output(NamedTuple):
     """Outputs of a network for V views of each of B images."""
 
     cls: torch.Tensor    # (V, B, C) class tokens after the final norm
-    embedding: object    # P(r) of Eq. 1, what the head makes of them; None without a head
+    embedding: object    # of Eq. 1: P of class tokens and patches, normed; None without a head
     p: list              # V times (B, N, C): h_p(r), the student's g_p(h_p(r)); [] without a head
     c: list              # V times (B, N, C): h_c(r), the student's g_c(h_c(r)); [] without a head
 
@@ -239,8 +239,8 @@ class Network(nn.Module):
         return Output(
             cls=torch.cat([t[:, :, 0] for t in normed]),
             embedding=None if self.head is None else self.head(normed, mask),
-            p=[view for h, x in zip(self.spatial, r) for view in h(x)],
-            c=[view for h, x in zip(self.channel, r) for view in h(x)],
+            p=[view for head, x in zip(self.spatial, r) for view in head(x)],
+            c=[view for head, x in zip(self.channel, r) for view in head(x)],
         )
 
 

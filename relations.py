@@ -67,7 +67,7 @@ def channel_relation(c: Tensor, temperature: float = 1.0) -> Tensor:
 def relation_cross_entropy(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """Compute Re(𝒢(A), A') of Eq. 3 and 5: the mean cross-entropy of their rows.
 
-    Both (B, ..., N, N), before the Softmax. Returns (B,). No gradient reaches the teacher.
+    Both (B, ..., rows, columns), before the Softmax. Returns (B,). No gradient reaches the teacher.
     """
     A = teacher_logits.detach().softmax(dim=-1)
     return -(A * student_logits.log_softmax(dim=-1)).sum(dim=-1).flatten(1).mean(dim=1)
@@ -100,7 +100,7 @@ class SelfRelationLoss(nn.Module):
 
         p1, c1: p₁ = h_p(r₁) and c₁ = h_c(r₁) of each global view, lists of (B, N, C), or empty to
         leave a loss out. g_p2, g_c2: g_p(p₂) and g_c(c₂) of every view. boxes: (views, B, 5), see
-        sampler.py. L_p is a mean over the pairs that overlap, of all images and processes.
+        sampler.py. L_p, averaged over processes, is a mean over all pairs that overlap.
         """
         logits_c1 = [self.channel_relation(c, self.t_c1) for c in c1]    # once a view, not a pair
         logits_c2 = [self.channel_relation(c, self.t_c2) for c in g_c2]

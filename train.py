@@ -3,8 +3,8 @@
 L_I is an existing method's loss, L_p and L_c are those of feature self-relations (Eq. 6).
 
     python train.py                                     the demo: drawn images, minutes on a CPU
-    python train.py --data_path /path/to/imagenet       the paper's Sec. 4.1 (DINO + SERE)
-    torchrun --standalone --nproc_per_node=8 train.py --data_path /path/to/imagenet
+    python train.py --data_path /path/to/imagenet       DINO + SERE on one GPU
+    torchrun --standalone --nproc_per_node=8 train.py --data_path ...    the paper's Sec. 4.1
 
 From the top: networks, losses, one step, the loop. The command line is in support/options.py; what
 a run writes, and how it resumes, in support/run.py.
@@ -245,7 +245,8 @@ class Training:
                 with record_function("losses"):
                     temp = self.teacher_temp[epoch]
                     L_I = self.embedding_loss(s.embedding, t.embedding, temp, boxes)    # Eq. 1
-                    L_p, L_c = self.relation_loss(t.p, t.c, s.p, s.c, boxes)            # Eq. 3, 5
+                    L_p, L_c = self.relation_loss(                                      # Eq. 3, 5
+                        p1=t.p, c1=t.c, g_p2=s.p, g_c2=s.c, boxes=boxes)
                     loss = args.li_weight * L_I + args.alpha * L_p + args.beta * L_c    # Eq. 6
                 with record_function("backward"):
                     self.scaler.scale(loss / args.grad_accum_steps).backward()
@@ -291,7 +292,7 @@ def build_loader(args, images, processes, start=0):
         args.global_crops_size, args.global_crops_scale,
         args.local_crops_number, args.local_crops_size, args.local_crops_scale, build_mask(args),
     )
-    # kNN's crops may lie beside the views.
+    # Shared memory may hold kNN's crops at the same time.
     pixels = 3 * args.global_crops_size**2 + args.local_crops_number * args.local_crops_size**2
     check_shared_memory(3 * args.batch_size_per_gpu * pixels, args.num_workers)
     batches = Batches(

@@ -1,12 +1,12 @@
 """Repeat the paper's comparisons at a scale that a laptop does in an afternoon.
 
-    python -m extras.study all --jobs 2                   every list on `shapes`, three seeds
+    python -m extras.study all --jobs 2                   the paper's tables, on `shapes`
     python -m extras.study all --table                    the tables of what was measured so far
     python -m extras.study table8 --setting S --data_path tiny-imagenet-40 --dense_path voc-256
 
 A list holds rows of train.py's flags, which follow those of the setting. Each is trained with every
 seed and measured: kNN, linear probe, dense probe (1 x 1 convolution on frozen patches), and how far
-the self-relations of two views differ (Fig. 6). A finished row is a line of
+the self-relations of two views differ (Fig. 6; M = 6, t = 1 for all). A finished row is a line of
 results/study-SETTING.jsonl. The same command goes on from there.
 """
 

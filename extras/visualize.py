@@ -33,7 +33,7 @@ from support.distributed import Processes
 from support.errors import UserError
 from support.files import ImageFiles, list_images
 from support.inputs import autocast, evaluation_crop
-from support.options import COUNT, SIZE, Parser, flag
+from support.options import COUNT, POSITIVE, SIZE, Parser, flag
 from support.progress import progress
 from support.weights import load_encoder
 
@@ -387,6 +387,8 @@ def parse_args(argv=None):
             continue
         flag(g, "relation_heads", 6, SIZE, "M")
         if name == "idea":
+            flag(g, "temperature_spatial", 0.5, POSITIVE, "t_p")
+            flag(g, "temperature_channel", 0.1, POSITIVE, "t_c")
             continue
         flag(g, "overlap", None, SIZE, "points a side in the overlap; if not given 13/14 of the "
              "side of the first encoder's feature map", kind=int)
@@ -507,7 +509,8 @@ def draw(args, processes):
         attention_figure(args, encoders, names, images, size, processes.device)
     elif args.figure == "idea":
         batch = center_crops(images, size, processes.device)
-        draw_idea(args.output, encoders[0], batch, args.relation_heads)
+        temperatures = args.temperature_spatial, args.temperature_channel
+        draw_idea(args.output, encoders[0], batch, args.relation_heads, temperatures)
     else:
         args.overlap = args.overlap or max(1, round(size / encoders[0].patch_size * 13 / 14))
         views = ViewsOfImages(images, MultiCrop(size, local_crops_number=0), args.seed)

@@ -217,9 +217,11 @@ def parse_evaluate_args(argv=None):
     usage = "%(prog)s TASK --pretrained_weights FILE --data_path PATH [--flag value ...]"
     parser = Parser("evaluate.py", usage, description="Measure what a trained encoder is worth.")
     tasks = parser.add_subparsers(dest="task", required=True, parser_class=Parser)
+    of_export = "%(prog)s export (--pretrained_weights FILE | --untrained SEED --arch NAME) " \
+                "--output FILE"
     for name, (add_flags, help) in EVALUATIONS.items():
-        task = tasks.add_parser(name, prog="evaluate.py", usage=usage.replace("TASK", name),
-                                help=help, description=help)
+        own = of_export if name == "export" else usage.replace("TASK", name)
+        task = tasks.add_parser(name, prog="evaluate.py", usage=own, help=help, description=help)
         add_weights_flags(task, name)
         add_flags(task)
     args = parser.parse_args(argv)
