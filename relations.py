@@ -106,7 +106,7 @@ class SelfRelationLoss(nn.Module):
         logits_c2 = [self.channel_relation(c, self.t_c2) for c in g_c2]
         L_p, overlaps = boxes.new_zeros(()), boxes.new_zeros(())
         L_c, pairs = boxes.new_zeros(()), 0
-        for q in range(max(len(p1), len(c1))):
+        for q in range(len(p1 or c1)):
             for v in range(len(boxes)):
                 if v == q:
                     continue
