@@ -154,7 +154,7 @@ def print_tables(args):
         for name, flags, *numbers in LISTS[title]:
             row = identify(args, flags)
             ours = {m: {seed: record[m] for (r, seed), record in results.items()
-                        if r == row and m in record} for m in MEASURES}
+                        if r == row and record.get(m)} for m in MEASURES}    # no loss of weight 0
             cells = [spread(list(ours[m].values()), m) for m in MEASURES]
             lines.append([name, *cells, *(str(n) for n in numbers or ("", ""))])
             if theirs:
@@ -162,11 +162,11 @@ def print_tables(args):
                               if seed in theirs[m]] for m in ("kNN", "linear", "dense")}
                 cells = [spread(paired[m], m, "+") for m in paired]
                 cells += [f"{a - b:+.1f}" for a, b in zip(numbers, paper)] or ["", ""]
-                cells += [f"{sign(paired['kNN'])} {sign(paired['dense'])}"]
-                differences.append([f"{title}: {name} − {first}", *cells])
+                differences.append([f"{title}: {name} − {first}", *cells,
+                                    " ".join(map(sign, paired.values()))])
             theirs = theirs or ours
         print_table(title, columns, lines)
-    print_table("Differences", [*columns[:3], *columns[-2:], "signs: kNN, dense"], differences)
+    print_table("Differences", [*columns[:3], *columns[-2:], "signs"], differences)
 
 
 def main(argv=None):
