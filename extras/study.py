@@ -133,11 +133,11 @@ def spread(values, measure, plus=""):
 
 
 def sign(values):
-    """Return + or −, or 0 within two standard errors of 0; nothing for less than three seeds."""
+    """Return + or -, or 0 within two standard errors of 0; nothing for less than three seeds."""
     if len(values) < 3:
         return ""
     mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
-    return "0" if abs(mean) <= 2 * error else "+" if mean > 0 else "−"
+    return "0" if abs(mean) <= 2 * error else "+" if mean > 0 else "-"
 
 
 def print_table(title, columns, rows):

@@ -114,7 +114,27 @@ def test_a_row_is_what_its_arguments_say_and_not_how():
 
 
 @pytest.mark.parametrize("values, expected", [
-    ([4, 5, 6], "+"), ([-4, -5, -6], "−"), ([-1, 0, 1], "0"), ([0.0, 1.0, 2.0], "0"), ([4, 5], ""),
+    ([4, 5, 6], "+"), ([-4, -5, -6], "-"), ([-1, 0, 1], "0"), ([0.0, 1.0, 2.0], "0"), ([4, 5], ""),
 ])
 def test_a_sign_is_beyond_two_standard_errors(values, expected):
     assert sign(values) == expected
+
+
+PHOTOGRAPHS = ("photographs table7-ibot table7-mocov3 --setting photographs "
+               "--data_path imagenette-112 --dense_path camvid-240")
+TUNING = "tuning --setting tuning --data_path shapes-tuning --dense_path shapes-tuning"
+
+
+@pytest.mark.parametrize("part, command", [
+    ("study", "all"), ("tuning", TUNING), ("photographs", PHOTOGRAPHS),
+])
+def test_readme_and_results_show_what_the_logs_hold(part, command, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    main([*command.split(), "--table"])
+    printed = capsys.readouterr().out.strip()
+    results = Path("results", "RESULTS.md").read_text()
+    assert results.split(f"<!-- {part} -->")[1].split(f"<!-- /{part} -->")[0].strip() == printed
+    if part == "study":
+        found = Path("README.md").read_text().split("## What we found")[1].split("## Read it")[0]
+        rows = [line for line in found.splitlines() if line.startswith("| ")]
+        assert len(rows) > 2 and set(rows) <= set(printed.splitlines())
