@@ -268,6 +268,7 @@ def run(args, encoder, size, processes):
         raise UserError(f"{args.data_path}: the two JSON files differ in their categories")
     if not (train.with_objects and val.with_objects):
         raise UserError(f"{args.data_path}: train or val has no image with an object")
+    args.batch_size_per_gpu = args.batch_size_per_gpu or max(1, 16 // processes.size)
     torch.manual_seed(args.seed)
     model = build_detector(encoder, len(train.names), side, args.width, args.rois).to(device)
     flip = v2.Compose([v2.RandomHorizontalFlip(), v2.ToPureTensor()])

@@ -86,7 +86,7 @@ def voc(split):
 def voc_files(split):
     """Return the images and masks of VOC 2012 itself, downloaded on first use."""
     try:
-        downloaded = (Path(DOWNLOADS) / "VOCdevkit").is_dir()
+        downloaded = (Path(DOWNLOADS) / "VOCdevkit/VOC2012").is_dir()
         files = datasets.VOCSegmentation(DOWNLOADS, image_set=split, download=not downloaded)
     except (OSError, RuntimeError) as error:
         where = f"voc is not in {DOWNLOADS}/ and could not be downloaded"
@@ -99,13 +99,14 @@ def imagenet_s(root, split):
 
     The masks of the test images are withheld.
     """
-    size = root.resolve().name.lower().replace("-", "").rpartition("imagenets")[2]
+    names = (root.absolute().name, root.resolve().name)    # of a link, and of its folder
+    sizes = [name.lower().replace("-", "").rpartition("imagenets")[2] for name in names]
     if not (root / split).is_dir():
         raise UserError(f"{root} has no folder {split}")
     masks = root / f"{split}-segmentation"
     names, images, masks = paired(root / split, masks if masks.is_dir() else None)
     return ImagesWithMasks(names, images, masks, "imagenet-s", ignored=1000, rgb=True,
-                           classes=IMAGENET_S.get(size))
+                           classes=IMAGENET_S.get(sizes[0]) or IMAGENET_S.get(sizes[1]))
 
 
 def paired(images, masks):
@@ -267,7 +268,7 @@ def count_classes(images, classes=None):
     if len(counted) < 2:
         raise UserError(f"{hold}: {'one class' if counted else 'nothing'} to tell apart. Masks of "
                         "0 and 255 want 0 and 1 in their place")
-    if classes and counted[-1] >= classes:
+    if classes and not 0 <= counted[0] <= counted[-1] < classes:
         raise UserError(f"{hold}; --classes {classes} wants 0 to {classes - 1}")
     if not classes and counted != list(range(len(counted))):
         raise UserError(f"{hold}, not 0 to K - 1. Renumber them; or name a number that does not "

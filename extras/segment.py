@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from augment import normalize
@@ -97,9 +96,7 @@ class CropBoth:
     """
 
     def __init__(self, size, scale, colors):
-        crop = v2.RandomResizedCrop(
-            size, scale, interpolation=InterpolationMode.BILINEAR, antialias=True)
-        self.transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
+        self.crop = v2.RandomResizedCrop(size, scale)
         self.colors = v2.Compose([
             v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
             v2.RandomGrayscale(p=0.2),
@@ -107,8 +104,13 @@ class CropBoth:
         ]) if colors else nn.Identity()
 
     def __call__(self, image, mask):
-        image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
-        return self.colors(image.as_subclass(torch.Tensor)), mask.as_subclass(torch.Tensor)
+        place = self.crop.make_params([image]).values()
+        image = v2.functional.resized_crop(image, *place, self.crop.size, antialias=True)
+        mask = v2.functional.resized_crop(
+            mask[None], *place, self.crop.size, InterpolationMode.NEAREST_EXACT)[0]
+        if torch.rand(1) < 0.5:
+            image, mask = image.flip(-1), mask.flip(-1)
+        return self.colors(image), mask
 
 
 # --- prediction -----------------------------------------------------------------------------------
@@ -166,31 +168,32 @@ def classes_of(logits, size, most=1000):
 # --- measures -------------------------------------------------------------------------------------
 
 
-def confusion(prediction, mask, classes):
-    """Count pixels by (true, predicted) class, but IGNORED ones: (K, K) int64."""
-    counted = mask != IGNORED
-    pairs = mask[counted].long() * classes + prediction[counted]
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+def count_pixels(prediction, mask, classes):
+    """Count the pixels of each class, but IGNORED ones: right, true, predicted (3, K) int64."""
+    true, predicted = (x[mask != IGNORED].long() for x in (mask, prediction))
+    return torch.stack([torch.bincount(x, minlength=classes)
+                        for x in (true[true == predicted], true, predicted)])
 
 
-def foreground_f(matrix):
+def foreground_f(counts):
     """Return F of what is not class 0, whichever class, with β² = 0.3 (Table 9).
 
-    matrix: the confusion of one image. nan where its mask has no such pixel.
+    counts: of one image. nan where its mask has no such pixel.
     """
-    both, true, predicted = (m.sum().double() for m in (matrix[1:, 1:], matrix[1:], matrix[:, 1:]))
+    everything, ground = counts[1].sum().double(), counts[:, 0].double()
+    true, predicted = everything - ground[1], everything - ground[2]
+    both = true + predicted - (everything - ground[0])    # neither is ground in right ground
     precision, recall = both / predicted.clamp(min=1), both / true
     return 1.3 * precision * recall / (0.3 * precision + recall).clamp(min=1e-12)
 
 
-def scores(matrix, absent_count):
-    """Return the scores of a confusion matrix (K, K), in %, and the IoU of each class.
+def scores(counts, absent_count):
+    """Return the scores of counts (3, K), in %, and the IoU of each class.
 
     absent_count: as ImageNet-S, mIoU is over all classes, and one without a pixel has IoU 0; else
     over those in a mask or a prediction. mAcc is over those in a mask.
     """
-    hits = matrix.diag().double()
-    true, predicted = matrix.sum(dim=1).double(), matrix.sum(dim=0).double()
+    hits, true, predicted = counts.double()
     iou = 100 * hits / (true + predicted - hits)    # nan for a class without a pixel
     miou = iou.nan_to_num(0).mean() if absent_count else iou.nanmean()
     values = {"mIoU": miou, "mAcc": 100 * (hits / true).nanmean(),
@@ -208,21 +211,21 @@ def evaluate_segmentation(model, images, size, window, device, num_workers=0, fo
     mine = range(rank, len(images), processes)
     loader = DataLoader(images, batch_size=None, sampler=mine, num_workers=num_workers,
                         worker_init_fn=ignore_signals)
-    total = torch.zeros(model.classes, model.classes, dtype=torch.long, device=device)
+    total = torch.zeros(3, model.classes, dtype=torch.long, device=device)
     f = torch.zeros(2, dtype=torch.double, device=device)    # their sum and number
     for i, (image, mask) in zip(mine, progress(loader, "segmenting", rank == 0)):
         with autocast(device):
             prediction = predict(model, image.to(device), size, window)
         if folder:
             images.write(i, prediction, folder)
-        matrix = confusion(prediction, mask.to(device), model.classes)
-        total += matrix
-        of_image = foreground_f(matrix)
+        counts = count_pixels(prediction, mask.to(device), model.classes)
+        total += counts
+        of_image = foreground_f(counts)
         f += torch.stack([of_image.nan_to_num(0), (~of_image.isnan()).double()])
     total, f = sum_over_processes(total), sum_over_processes(f)
     if not images.has_masks:
         return {}
-    found = total.sum(dim=1).nonzero().flatten().tolist()
+    found = total[1].nonzero().flatten().tolist()
     if len(found) < 2:
         hold = f"hold class {found[0]} alone" if found else "hold no pixel that counts"
         raise UserError(f"the masks of the {len(images)} images to measure on {hold}; see "

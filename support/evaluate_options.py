@@ -160,9 +160,10 @@ def settle_head(args):
 
 
 def add_detect_flags(parser):
-    add_data_flags(parser)
+    add_data_flags(parser, None, "images of a process and step; if not given all processes "
+                   "together have the paper's 16")
     add_epochs_flags(parser)
-    parser.set_defaults(epochs=12, batch_size_per_gpu=16)
+    parser.set_defaults(epochs=12)
     flag(parser, "lr", 0.0016, POSITIVE, "learning rate per 256 images (1e-4 at batch 16); a tenth "
          "after 2/3 of the epochs, a hundredth after 11/12")
     flag(parser, "warmup_steps", 500, COUNT, "steps of linear warm-up")
@@ -227,9 +228,15 @@ def parse_evaluate_args(argv=None):
     args = parser.parse_args(argv)
     if args.task == "segment" and (fault := settle_head(args)):
         parser.error(fault)
+    if args.task == "segment" and args.frozen and args.layer_decay:
+        parser.error("--layer_decay is for the encoder, which --frozen leaves as it is")
+    if args.task == "finetune" and args.train_list and args.train_fraction < 1:
+        parser.error("--train_list is in place of --train_fraction: give one of them")
     untrained = getattr(args, "untrained", None) is not None
     if untrained and not args.arch:
         parser.error("--untrained needs --arch")
+    if untrained and args.patch_size and args.arch == "resnet50":
+        parser.error("--patch_size: a ResNet has no patches")
     if not untrained and getattr(args, "patch_size", None):
         parser.error("--patch_size is that of the weights; it goes with --untrained alone")
     warmup, epochs = getattr(args, "warmup_epochs", None), getattr(args, "epochs", None)

@@ -267,4 +267,4 @@ def test_commands_of_the_readme_are_understood_and_do_not_collide():
             elif output := getattr(args, "output", None):
                 places.append(output)
     assert seen == programs.keys()
-    assert len(places) > 9 and sorted(set(places)) == sorted(places)
+    assert places and sorted(set(places)) == sorted(places)

@@ -1,6 +1,7 @@
 """extras/segment.py, masks.py, upernet.py, pyramid.py: data sets, heads, prediction, measures."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from extras import masks, segment, upernet
 from extras.masks import IGNORED, build_segmentation, count_classes
 from extras.pyramid import FeaturePyramid, four_maps
 from extras.segment import Segmenter
-from model import build_encoder
+from model import ARCHITECTURES, build_encoder
 from support.errors import UserError
+from support.evaluate_options import parse_evaluate_args
 from support.fit import Augmented, TrainingBatches, WholeEpochs, fit_adamw
 from support.named_sets import Shapes
 from support.optim import layer_groups
@@ -121,6 +123,15 @@ def test_masks_are_read_as_coded_and_written_so(
     assert (again[:, counted] == code(numbers)[:, counted]).all()
 
 
+def test_imagenet_s_is_known_by_the_name_of_a_link_too(tmp_path):
+    write_pair(tmp_path / "there/train-semi/a/x.JPEG",
+               tmp_path / "there/train-semi-segmentation/a/x.png", rgb(np.ones((4, 5), int)))
+    (tmp_path / "ImageNetS919").symlink_to("there", target_is_directory=True)
+    assert build_segmentation(tmp_path / "ImageNetS919", "train").classes == 920
+    (tmp_path / "there").rename(tmp_path / "ImageNet-S-50")
+    assert build_segmentation(tmp_path / "ImageNet-S-50", "train").classes == 51
+
+
 def test_test_images_of_imagenet_s_have_no_masks(tmp_path):
     mask = rgb(np.arange(20).reshape(4, 5))
     write_pair(tmp_path / "train-semi/a/x.JPEG", tmp_path / "train-semi-segmentation/a/x.png", mask)
@@ -196,10 +207,12 @@ def test_images_without_proper_masks_are_named(spoil, word, tmp_path):
     ([0, 1, 5], None, None, ("0, 1, 5", "--ignore_index", "--classes 6")),
     ([0, 1, 5], None, 4, ("0, 1, 5", "0 to 3")),
     ([0, 255], None, 2, ("0, 255", "one class")),
+    ([0, 1, -2], -1, 3, ("-2, 0, 1", "0 to 2")),
 ])
 def test_masks_that_can_hardly_be_meant_are_shown(numbers, ignore_index, classes, words, tmp_path):
-    mask = np.array([numbers], dtype=np.uint8)
-    write_pair(tmp_path / "val/images/x.png", tmp_path / "val/masks/x.png", mask)
+    kind, ending = (np.uint8, "png") if min(numbers) >= 0 else (np.int32, "tif")
+    mask = np.array([numbers], dtype=kind)
+    write_pair(tmp_path / "val/images/x.png", tmp_path / f"val/masks/x.{ending}", mask)
     with pytest.raises(UserError) as error:
         count_classes(build_segmentation(tmp_path, "val", ignore_index), classes)
     assert all(word in str(error.value) for word in words)
@@ -294,6 +307,55 @@ def test_an_image_and_its_mask_are_cut_alike(crop, monkeypatch):
         mirrored.add(bool(row[0] > row[-1]))
     assert mirrored == {True, False}
     assert padded == ({True, False} if isinstance(crop, upernet.ScaleAndCrop) else {True})
+
+
+@pytest.mark.parametrize("crop", [
+    segment.CropBoth(64, (0.25, 1.0), colors=False), upernet.ScaleAndCrop(64)])
+def test_a_mask_is_not_shifted_against_its_image(crop, monkeypatch):
+    """Both hold the number of the column: on average they agree to a tenth of a pixel."""
+    monkeypatch.setattr(upernet, "DISTORTION", nn.Identity())
+    columns, shifts = torch.arange(240, dtype=torch.uint8).expand(3, 200, 240), []
+    for _ in range(300):
+        cut, mask = crop(columns, columns[0].to(torch.int32))
+        mine = mask[0] != IGNORED    # padding is below and right
+        cut, mask = cut[0, 0, mine].double()[2:-2], mask[0, mine].double()[2:-2]
+        shifts.append((mask - cut).mean() / (cut[-1] - cut[0]).abs() * (len(cut) - 1))
+    assert abs(np.mean(shifts)) < 0.1    # 0.5 for the nearest of the upper left
+
+
+@pytest.mark.parametrize("change", [
+    segment.CropBoth(32, (1.0, 1.0), colors=True).colors, upernet.DISTORTION])
+def test_colors_change_and_are_left_alone_at_times(change):
+    image = picture(32, 32)
+    same = [torch.equal(change(image), image) for _ in range(200)]
+    assert 0 < sum(same) < 50    # 0.2 * 0.8 * 0.5 and 1 / 16 of them
+
+
+def test_crops_of_upernet_are_of_half_to_twice_the_size():
+    """With a short side of 128 a crop of 64 pixels is of 256 to 64 columns."""
+    columns, scales = torch.arange(256, dtype=torch.uint8).expand(3, 128, 256), []
+    crop = upernet.ScaleAndCrop(64)
+    for _ in range(200):
+        mask = crop(columns, columns[0].to(torch.int32))[1]
+        line = mask[(mask != IGNORED).any(dim=1)][0]
+        line = line[line != IGNORED].double()
+        scales.append(2 * 63 / (line[-1] - line[0]).abs().item())
+    assert 0.48 < min(scales) < 0.6 and 1.8 < max(scales) < 2.1
+
+
+@pytest.mark.parametrize("head, arch, layout, processes, expected", [
+    ("upernet", "vit_nano", "voc", 4, (20_000, 4, 3e-5, 0.9, True, 512, 512)),
+    ("upernet", "vit_nano", "ade20k", 32, (160_000, 1, 3e-5, 0.9, True, 512, 512)),
+    ("upernet", "vit_base", "voc", 8, (20_000, 2, 8e-5, 0.65, True, 512, 512)),
+    ("linear", "vit_nano", "imagenet-s", 8, (None, 32, 5e-4, 0.5, False, 224, 256)),
+])
+def test_defaults_are_the_paper_s(head, arch, layout, processes, expected):
+    args = parse_evaluate_args(["segment", "--pretrained_weights", "x.pth", "--data_path", "voc",
+                                "--head", head])
+    encoder = SimpleNamespace(heads=3, dim=ARCHITECTURES[arch]["dim"], patch_size=16)
+    sizes = segment.settle(args, encoder, 224, layout, SimpleNamespace(size=processes))
+    assert (args.steps, args.batch_size_per_gpu, args.lr, args.layer_decay, args.sliding,
+            *sizes) == expected
 
 
 def test_no_class_fills_more_than_three_quarters_of_a_crop_where_that_can_be():
@@ -434,7 +496,7 @@ def test_scores_equal_loops():
     mask[:3] = IGNORED
     prediction[prediction == 2] = 1    # 2 is there and never found, 4 the reverse, 5 neither
     prediction[10, :5] = 4
-    matrix = segment.confusion(prediction, mask, 6)
+    counts = segment.count_pixels(prediction, mask, 6)
     pixels = [(t, p) for t, p in zip(mask.flatten().tolist(), prediction.flatten().tolist())
               if t != IGNORED]
     iou, accuracy = [], []
@@ -446,13 +508,13 @@ def test_scores_equal_loops():
     precision = foreground / sum(p > 0 for _, p in pixels)
     recall = foreground / sum(t > 0 for t, _ in pixels)
     for absent_count, mean in ((False, np.mean(iou)), (True, sum(iou) / 6)):
-        values = segment.scores(matrix, absent_count)
+        values = segment.scores(counts, absent_count)
         assert values.pop("IoU") == [*map(pytest.approx, iou), None]
         assert values == pytest.approx({
             "mIoU": mean, "mAcc": np.mean(accuracy),
             "pixel_accuracy": 100 * np.mean([t == p for t, p in pixels])})
     f = 1.3 * precision * recall / (0.3 * precision + recall)
-    assert segment.foreground_f(matrix).item() == pytest.approx(f)
+    assert segment.foreground_f(counts).item() == pytest.approx(f)
 
 
 def test_f_is_the_mean_over_images_with_a_foreground(monkeypatch):
@@ -505,8 +567,8 @@ def test_segment_from_the_command_line_and_again(flags, command, tmp_path, capsy
     predicted = build_segmentation(tmp_path / "images", "val", 9)
     predicted.masks = [folder / f"{i}.png" for i in range(6)]    # they are masks
     truth = build_segmentation(tmp_path / "images", "val", 9)
-    matrix = sum(segment.confusion(predicted[i][1], truth[i][1], 3) for i in range(6))
-    assert segment.scores(matrix, False)["mIoU"] == pytest.approx(result["mIoU"])
+    counts = sum(segment.count_pixels(predicted[i][1], truth[i][1], 3) for i in range(6))
+    assert segment.scores(counts, False)["mIoU"] == pytest.approx(result["mIoU"])
 
 
 @pytest.mark.parametrize("flags, word", [
@@ -515,6 +577,7 @@ def test_segment_from_the_command_line_and_again(flags, command, tmp_path, capsy
     (["--data_path", "nowhere"], "nowhere"), (["--image_size", "30"], "patch size 8"),
     (["--data_path", "shapes"], "--ignore_index"), (["--steps", "9"], "--head upernet"),
     (["--head", "upernet", "--epochs", "9"], "--epochs"),
+    (["--frozen", "--layer_decay", "0.5"], "--layer_decay"),
     (["--head", "upernet", "--steps", "9", "--warmup_steps", "9"], "--warmup_steps"),
     (["--head", "upernet", "--image_size", "32", "--batch_size_per_gpu", "1"], "1 image"),
 ])
