@@ -2,7 +2,7 @@
 
     python -m extras.study all --jobs 2                   the paper's tables, on `shapes`
     python -m extras.study all --table                    the tables of what was measured so far
-    python -m extras.study table8 --setting S --data_path tiny-imagenet-40 --dense_path voc-256
+    python -m extras.study table8 --setting S --data_path tiny-imagenet-40 --dense_path camvid-240
 
 A list holds rows of train.py's flags, which follow those of the setting. Each is trained with every
 seed and measured: kNN, linear probe, dense probe (1 x 1 convolution on frozen patches), and how far
