@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from helpers import close, one_line, tiny_vit
 from PIL import Image
 
 import evaluate
+from extras import detect
 from extras.coco import CocoImages, average_precision
 from extras.detect import as_lists, build_detector, learning_rate
 from model import build_encoder
@@ -79,6 +81,79 @@ def test_a_stage_starts_from_the_boxes_of_the_one_before():
         moved[:, [0, 2]] += 0.1 * (before[:, 2:3] - before[:, 0:1])
         moved[:, [0, 2]] = moved[:, [0, 2]].clamp(max=80)
         close(after, moved, atol=1e-4)    # of a pixel: centers and sizes there and back
+
+
+def test_losses_of_boxes_and_masks_equal_loops(monkeypatch):
+    """Boxes that stay as they are, masks of which no pixel is decided."""
+    model, weights = detector().train(), (1, 0.5, 0.25)
+    proposals = [torch.tensor([[8.0, 8, 40, 40], [0, 0, 9, 9], [20, 20, 60, 60]]),
+                 torch.tensor([[0.0, 0, 30, 30], [5, 10, 50, 60]])]
+    truth = [torch.tensor([[8.0, 8, 40, 48], [30, 20, 64, 60]]), torch.tensor([[10.0, 10, 50, 60]])]
+    matched = [torch.tensor([0, 0, 1]), torch.tensor([0, 0])]
+    labels = [torch.tensor([1, 0, 2]), torch.tensor([0, 1])]
+    for stage in model.roi_heads.stages:
+        for layer in (stage.box_predictor.bbox_pred, stage.mask_predictor.mask_fcn_logits):
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+        monkeypatch.setattr(stage, "select_training_samples",
+                            lambda *_: (proposals, matched, labels, None))
+    targets = [{"boxes": b, "labels": torch.arange(len(b)) + 1,
+                "masks": torch.ones(len(b), 64, 64, dtype=torch.uint8)} for b in truth]
+    features = model.backbone(torch.randn(2, 3, 64, 64))
+    losses = model.roi_heads(features, proposals, [(64, 64)] * 2, targets)[1]
+    total = 0
+    for boxes, of, index, label in zip(proposals, truth, matched, labels):
+        for (x0, y0, x1, y1), i, k in zip(boxes.tolist(), index, label):
+            if k > 0:
+                u0, v0, u1, v1 = of[i].tolist()
+                both = max(0, min(x1, u1) - max(x0, u0)) * max(0, min(y1, v1) - max(y0, v0))
+                union = (x1 - x0) * (y1 - y0) + (u1 - u0) * (v1 - v0) - both
+                hull = (max(x1, u1) - min(x0, u0)) * (max(y1, v1) - min(y0, v0))
+                total += 1 - both / union + (hull - union) / hull
+    for number, weight in enumerate(weights, start=1):
+        close(losses[f"box_{number}"].item(), weight * 10 * total / 5)
+        close(losses[f"mask_{number}"].item(), weight * math.log(2))
+
+
+def test_detections_are_the_mean_of_three_stages():
+    model, biases = detector().eval(), (0.0, 1.0, 3.0)
+    for k, (stage, bias) in enumerate(zip(model.roi_heads.stages, biases), start=1):
+        for layer in (stage.box_predictor.cls_score, stage.mask_predictor.mask_fcn_logits):
+            torch.nn.init.zeros_(layer.weight)
+        stage.box_predictor.cls_score.bias.data = 3.0 * torch.eye(4)[k]
+        stage.mask_predictor.mask_fcn_logits.bias.data.fill_(bias)
+    with torch.no_grad():
+        features = model.backbone(torch.randn(1, 3, 64, 64))
+        boxes = [torch.tensor([[8.0, 8, 40, 40]])]
+        ((found,), _) = model.roi_heads(features, boxes, [(64, 64)])
+    assert sorted(found["labels"].tolist()) == [1, 2, 3]    # each stage votes for its own
+    close(found["scores"], torch.full((3,), math.e / (1 + 3 * math.e)))
+    close(found["masks"], torch.full((3, 1, 28, 28), torch.tensor(biases).sigmoid().mean()))
+
+
+def test_anchors_and_maps_fit_the_patches():
+    """With 16 pixels as published: strides of 4 to 32, anchors of 32 to 512."""
+    model = build_detector(tiny_vit(patch_size=16), 3, side=64, width=8, rois=16).eval()
+    assert model.rpn.anchor_generator.sizes == [(32,), (64,), (128,), (256,), (512,)]
+    with torch.no_grad():
+        model([torch.rand(3, 64, 80)])
+    assert model.roi_heads.stages[0].box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
+def test_learning_rates_decay_from_layer_to_layer(monkeypatch):
+    found, (images, targets) = [], examples()
+    images = [(255 * image).to(torch.uint8) for image in images]
+
+    def one_step(step, states, *_):
+        step(0, (images, targets))
+        found.extend(group["lr"] for group in states["optimizer"].param_groups)
+
+    monkeypatch.setattr(detect, "fit", one_step)
+    args = SimpleNamespace(lr=0.256, layer_decay=0.5, weight_decay=0.05, warmup_steps=0, epochs=1,
+                           seed=0)
+    batches, vit = SimpleNamespace(batch_size=2, steps=10), tiny_vit(depth=2)
+    detect.train_detector(detector(vit), batches, args, torch.device("cpu"), None, None)
+    assert sorted(set(found)) == [0.002 * 0.5**k for k in (3, 2, 1, 0)]
 
 
 def test_detections_are_in_pixels_of_the_image():
