@@ -94,6 +94,7 @@ def test_features_are_the_class_tokens_of_every_image_by_name(labeled, tmp_path,
 @pytest.mark.parametrize("flags, word", [
     ("--untrained", "--arch"), ("--untrained --pretrained_weights x", "not allowed"),
     ("--pretrained_weights x --patch_size 8", "--patch_size"),
+    ("--untrained 0 --arch resnet50 --patch_size 8", "a ResNet"),
     ("--untrained --arch vit_nano --heads 5", "5 heads"),
     ("--untrained --arch vit_nano --image_size 50", "patch size 16"),
 ])

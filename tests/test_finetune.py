@@ -330,10 +330,12 @@ def test_a_fine_tuned_model_can_be_loaded(flags, command):
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--train_list", "nothing.txt"], "nothing.txt"), (["--warmup_epochs", "3"], "--warmup_epochs"),
+    (["--train_fraction", "1", "--train_list", "nothing.txt"], "nothing.txt"),
+    (["--train_list", "x.txt"], "--train_fraction"), (["--warmup_epochs", "3"], "--warmup_epochs"),
     (["--data_path", "nowhere"], "nowhere"), (["--train_fraction", "1.5"], "--train_fraction"),
-    (["--data_path", "shapes", "--train_list", __file__], "folder of images"),
-    (["--train_list", torch.__file__.replace("__init__.py", "lib")], "--train_list"),
+    (["--train_fraction", "1", "--data_path", "shapes", "--train_list", __file__],
+     "folder of images"),
+    (["--train_fraction", "1", "--train_list", torch.__file__.replace("__init__.py", "lib")], "--train_list"),
 ])
 def test_bad_flags_get_one_line(flags, word, command, capsys):
     assert word in one_line(capsys, evaluate.main, [*command, *flags], program="evaluate.py")

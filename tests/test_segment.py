@@ -272,6 +272,24 @@ def test_every_parameter_of_upernet_gets_a_gradient(name):
     assert [logits.shape for logits in model(torch.rand(2, 3, *size))] == [(2, 5, *size)] * 2
 
 
+def test_upernet_equals_its_definition():
+    """Pyramid pooling on the last map, a top-down sum, all maps at the first one's size."""
+    vit, images = tiny_vit(depth=12), torch.randn(2, 3, 48, 64)
+    head = upernet.UperNet(vit, 5).eval()
+    a, b, c, d = head.pyramid(four_maps(vit, images))
+    pools = [pool[1](F.adaptive_avg_pool2d(d, side))
+             for pool, side in zip(head.pooling.pools, (1, 2, 3, 6))]
+    wide = [upernet.upsample(pooled, d.shape[-2:]) for pooled in pools]
+    d = head.pooling.merge(torch.cat([d, *wide], dim=1))
+    c = head.laterals[2](c) + upernet.upsample(d, c.shape[-2:])
+    b = head.laterals[1](b) + upernet.upsample(c, b.shape[-2:])
+    a = head.laterals[0](a) + upernet.upsample(b, a.shape[-2:])
+    first = a.shape[-2:]
+    a, b, c = (convolve(x) for convolve, x in zip(head.outputs, (a, b, c)))
+    x = head.fuse(torch.cat([upernet.upsample(x, first) for x in (a, b, c, d)], dim=1))
+    close(head(four_maps(vit, images), (48, 64))[0], upernet.upsample(head.classify(x), (48, 64)))
+
+
 def test_the_loss_is_over_pixels_that_count_with_auxiliary_logits_at_less():
     logits, images = torch.randn(2, 2, 3, 4, 4), torch.rand(2, 3, 8, 8)
     targets = torch.randint(0, 3, (2, 8, 8), dtype=torch.int32)
