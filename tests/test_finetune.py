@@ -335,7 +335,8 @@ def test_a_fine_tuned_model_can_be_loaded(flags, command):
     (["--data_path", "nowhere"], "nowhere"), (["--train_fraction", "1.5"], "--train_fraction"),
     (["--train_fraction", "1", "--data_path", "shapes", "--train_list", __file__],
      "folder of images"),
-    (["--train_fraction", "1", "--train_list", torch.__file__.replace("__init__.py", "lib")], "--train_list"),
+    (["--train_fraction", "1", "--train_list", torch.__file__.replace("__init__.py", "lib")],
+     "--train_list"),
 ])
 def test_bad_flags_get_one_line(flags, word, command, capsys):
     assert word in one_line(capsys, evaluate.main, [*command, *flags], program="evaluate.py")
