@@ -36,8 +36,7 @@ from support.run import TERMS
 
 # A setting: flags of train.py and of each evaluation. A list: rows of name, flags of train.py, and
 # the paper's mIoU on VOC and on ImageNet-S-300. The others are compared with the first row.
-STUDY = json.loads((Path(__file__).parent / "study.json").read_text())
-SETTINGS, LISTS = STUDY["settings"], STUDY["lists"]
+SETTINGS, LISTS = json.loads(Path(__file__).with_suffix(".json").read_text()).values()
 PAPER = [title for title in LISTS if title not in ("tuning", "photographs")]
 ENTROPIES = ("spatial_entropy", "channel_entropy")    # of the teacher's relations, at the end
 MEASURES = {"kNN": "kNN", "linear": "linear", "dense": "dense mIoU", "spatial": "A_p differs",
@@ -119,10 +118,11 @@ def run(args):
                 with open(args.file, "a") as file:
                     file.write(json.dumps(record) + "\n")
                 print(f"{number}/{len(runs)} {name}: kNN {record['kNN']:.1f} %", flush=True)
-        finally:
+        except BaseException:
             for child in multiprocessing.active_children():    # what they train is saved
                 child.terminate()
             pool.shutdown(cancel_futures=True)
+            raise
 
 
 def spread(values, measure, plus=""):
