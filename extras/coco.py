@@ -77,9 +77,10 @@ class CocoImages(Dataset):
 
     def __getitem__(self, i):
         entry, objects = self.coco.imgs[self.ids[i]], self.objects[i]
-        image, size = decode(self.folder / entry["file_name"]), (entry["height"], entry["width"])
+        path, size = self.folder / entry["file_name"], (entry["height"], entry["width"])
+        image = decode(path, upright=False)
         if image.shape[1:] != size:
-            raise UserError(f"{self.folder / entry['file_name']} has not the size in its JSON")
+            raise UserError(f"{path} has not the size in its JSON")
         boxes = torch.tensor([a["bbox"] for a in objects]).view(-1, 4)
         boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), size)
         masks = np.stack([self.coco.annToMask(a) for a in objects] or [np.zeros(size, np.uint8)])

@@ -190,12 +190,12 @@ class ImagesWithMasks(Dataset):
         return mask
 
     def __getitem__(self, index):
-        image = decode(self.images[index])
+        image = decode(self.images[index], upright=False)
         if not self.has_masks:
             return image, torch.full(image.shape[1:], IGNORED, dtype=torch.int32)
         mask = self.mask(index)
         if image.shape[1:] != mask.shape:
-            raise UserError(f"{self.images[index]}, turned as its EXIF data say, and its mask "
+            raise UserError(f"{self.images[index]}, as it is stored, and its mask "
                             f"{self.masks[index]} differ in size")
         return image, mask
 

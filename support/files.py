@@ -135,15 +135,18 @@ def allow_pixels(number):
     Image.MAX_IMAGE_PIXELS = int(number)
 
 
-def decode(path):
-    """Read an image file as uint8 RGB (3, H, W), turned upright as its EXIF data say.
+def decode(path, upright=True):
+    """Read an image file as uint8 RGB (3, H, W).
+
+    upright: turn it as its EXIF data say. Masks are drawn over the pixels as they are stored.
 
     Of an animation the first frame; what is transparent lies on white. Raises UserError, naming
     the file, where it can't be read or has no known range of values.
     """
     with opened(path) as image:
-        with contextlib.suppress(Exception):    # damaged EXIF data; damaged pixels are met below
-            ImageOps.exif_transpose(image, in_place=True)
+        if upright:
+            with contextlib.suppress(Exception):    # damaged EXIF data; pixels are met below
+                ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "RGB":
             return pil_to_tensor(image)
         if image.mode == "F" or image.mode.startswith("I"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import close, one_line, picture, tiny_vit
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import nn
 from torchvision import datasets
 
@@ -75,6 +75,19 @@ def test_a_folder_gives_images_and_masks(tmp_path):
         assert torch.equal(mask == 2, image[1] == 255) and (mask[image[0] == 220] == 1).all()
     assert count_classes(images) == count_classes(images, 3) == 3
     assert count_classes(images, 7) == 7    # others may be absent
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_an_image_stays_as_it_is_stored_as_its_mask_does(orientation, tmp_path):
+    """Masks know no orientation; turned alone, by 180 degrees, an image would still have its size."""
+    masked_folder(tmp_path, 1)
+    path = tmp_path / "train/images/0.png"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.open(path).save(path, exif=exif)
+    image, mask = build_segmentation(tmp_path, "train", 9)[0]
+    assert image.shape[1:] == mask.shape
+    assert torch.equal(image[0] > 100, mask == 1)
 
 
 @pytest.mark.parametrize("name", ["shapes", "voc"])
@@ -160,9 +173,10 @@ def test_voc_by_name_and_with_sbd(tmp_path, monkeypatch):
     images = build_segmentation("voc", "val", ignore_index=9)
     assert asked == [("data", "val", True)] and count_classes(images) == 21
     assert images[0][1].max() == 9    # VOC's own 255 alone is ignored
+    (tmp_path / "data/VOCdevkit/VOC2007").mkdir(parents=True)
     with pytest.raises(UserError, match="no route to host"):
         build_segmentation("voc", "val")
-    (tmp_path / "data/VOCdevkit").mkdir(parents=True)
+    (tmp_path / "data/VOCdevkit/VOC2012").mkdir()
     assert len(build_segmentation("voc", "train")) == 2 and asked[-1] == ("data", "train", False)
     sbd = tmp_path / "data/sbd"
     for name, names in (("train", "0 1 new"), ("val", "newer 1")):    # 0 and 1 are VOC's own
@@ -596,6 +610,7 @@ def test_segment_from_the_command_line_and_again(flags, command, tmp_path, capsy
     (["--data_path", "shapes"], "--ignore_index"), (["--steps", "9"], "--head upernet"),
     (["--head", "upernet", "--epochs", "9"], "--epochs"),
     (["--frozen", "--layer_decay", "0.5"], "--layer_decay"),
+    (["--frozen", "--drop_path_rate", "0"], "--drop_path_rate"),
     (["--head", "upernet", "--steps", "9", "--warmup_steps", "9"], "--warmup_steps"),
     (["--head", "upernet", "--image_size", "32", "--batch_size_per_gpu", "1"], "1 image"),
 ])
