@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import close, one_line, tiny_vit
-from PIL import Image
+from PIL import ExifTags, Image
 
 import evaluate
 from extras import detect
@@ -220,6 +220,16 @@ def test_crowds_and_images_without_objects_are_not_trained_on(tmp_path):
     for i in (1, 2):    # they are evaluated all the same
         _, target = images[i]
         assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, 48, 64)
+
+
+def test_an_image_stays_as_it_is_stored_as_its_boxes_do(tmp_path):
+    pytest.importorskip("pycocotools")
+    images = CocoImages(coco_folder(tmp_path), "train")
+    before, _ = images[0]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3    # 180 degrees
+    Image.open(tmp_path / "train2017/0.png").save(tmp_path / "train2017/0.png", exif=exif)
+    assert torch.equal(images[0][0], before)
 
 
 def test_truth_as_detections_has_an_AP_of_100_and_none_0(tmp_path):

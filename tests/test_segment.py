@@ -79,7 +79,7 @@ def test_a_folder_gives_images_and_masks(tmp_path):
 
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_an_image_stays_as_it_is_stored_as_its_mask_does(orientation, tmp_path):
-    """Masks know no orientation; turned alone, by 180 degrees, an image would still have its size."""
+    """Masks know no orientation. Turned by 180 degrees an image would have their size, too."""
     masked_folder(tmp_path, 1)
     path = tmp_path / "train/images/0.png"
     exif = Image.Exif()
