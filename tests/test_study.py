@@ -120,13 +120,14 @@ def test_a_sign_is_beyond_two_standard_errors(values, expected):
     assert sign(values) == expected
 
 
-PHOTOGRAPHS = ("photographs table7-ibot table7-mocov3 --setting photographs "
-               "--data_path imagenette-112 --dense_path camvid-240")
+PHOTOGRAPHS = " --data_path imagenette-112 --dense_path camvid-240 --setting "
 TUNING = "tuning --setting tuning --data_path shapes-tuning --dense_path shapes-tuning"
 
 
 @pytest.mark.parametrize("part, command", [
-    ("study", "all"), ("tuning", TUNING), ("photographs", PHOTOGRAPHS),
+    ("study", "all"), ("tuning", TUNING),
+    ("photographs", "photographs" + PHOTOGRAPHS + "photographs"),
+    ("short", "photographs table7-ibot table7-mocov3" + PHOTOGRAPHS + "photographs-short"),
 ])
 def test_readme_and_results_show_what_the_logs_hold(part, command, monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).parents[1])
