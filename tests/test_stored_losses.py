@@ -29,7 +29,7 @@ VARIANTS = {
     "resnet50": "--recipe resnet50 --arch resnet50 --patch_size 32 --global_crops_size 96"
     " --local_crops_size 64 --overlap_global 3 --local_crops_number 1 --batch_size_per_gpu 2"
     " --relation_heads 8",
-    "demo": "--recipe demo --li_weight 0.1",
+    "demo": "--recipe demo --li_weight 0.1 --temperature_spatial 0.5",
     "ibot, own head": "--recipe ibot --no-shared_head --patch_out_dim 24",
     "mocov3, local views": "--recipe mocov3",
     "dino+": "--baseline dino+ --patch_out_dim 24",
