@@ -113,7 +113,8 @@ def add_segment_flags(parser):
     flag(parser, "layer_decay", None, "(0, 1]", "of the learning rate, a layer down; linear 0.5, "
          "upernet 0.9, from vit_base on 0.65", kind=float)
     flag(parser, "weight_decay", 0.05, NOT_NEGATIVE, "none on biases and norms")
-    flag(parser, "drop_path_rate", None, "[0, 1)", "stochastic depth; 0.1 if not given", kind=float)
+    flag(parser, "drop_path_rate", None, "[0, 1)", "stochastic depth; 0.1, frozen 0, if not "
+         "given", kind=float)
     flag(parser, "classes", None, "[2, 9e18]", "their number; if not given the data set's, or 1 + "
          "the largest in the training masks", kind=int)
     flag(parser, "ignore_index", None, "[-1, 9e18]", "what masks in a folder of images/ and masks/ "
@@ -226,13 +227,14 @@ def parse_evaluate_args(argv=None):
         add_weights_flags(task, name)
         add_flags(task)
     args = parser.parse_args(argv)
-    if args.task == "segment" and (fault := settle_head(args)):
-        parser.error(fault)
-    for name in ("layer_decay", "drop_path_rate"):
-        if args.task == "segment" and args.frozen and getattr(args, name) is not None:
-            parser.error(f"--{name} is for the encoder, which --frozen leaves as it is")
-    if args.task == "segment" and args.drop_path_rate is None:
-        args.drop_path_rate = 0.0 if args.frozen else 0.1
+    if args.task == "segment":
+        if fault := settle_head(args):
+            parser.error(fault)
+        for name in ("layer_decay", "drop_path_rate"):
+            if args.frozen and getattr(args, name) is not None:
+                parser.error(f"--{name} is for the encoder, which --frozen leaves as it is")
+        if args.drop_path_rate is None:
+            args.drop_path_rate = 0.0 if args.frozen else 0.1
     if args.task == "finetune" and args.train_list and args.train_fraction < 1:
         parser.error("--train_list is in place of --train_fraction: give one of them")
     untrained = getattr(args, "untrained", None) is not None

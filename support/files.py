@@ -138,7 +138,7 @@ def allow_pixels(number):
 def decode(path, upright=True):
     """Read an image file as uint8 RGB (3, H, W).
 
-    upright: turn it as its EXIF data say. Masks are drawn over the pixels as they are stored.
+    upright: turn it as its EXIF data say; not where masks or boxes lie on it as it is stored.
 
     Of an animation the first frame; what is transparent lies on white. Raises UserError, naming
     the file, where it can't be read or has no known range of values.

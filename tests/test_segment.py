@@ -390,6 +390,13 @@ def test_defaults_are_the_paper_s(head, arch, layout, processes, expected):
             *sizes) == expected
 
 
+@pytest.mark.parametrize("flags, rate", [
+    ([], 0.1), (["--drop_path_rate", "0"], 0), (["--frozen"], 0)])
+def test_a_frozen_encoder_has_no_stochastic_depth(flags, rate):
+    command = ["segment", "--pretrained_weights", "x.pth", "--data_path", "voc", *flags]
+    assert parse_evaluate_args(command).drop_path_rate == rate
+
+
 def test_no_class_fills_more_than_three_quarters_of_a_crop_where_that_can_be():
     mask = torch.zeros(64, 64, dtype=torch.int32)
     mask[:, 40:] = 1

@@ -19,7 +19,8 @@ STORED = json.loads((Path(__file__).parent / "stored_losses.json").read_text())
 SMALL = """--data_path none --arch vit_nano --patch_size 8 --global_crops_size 32
 --local_crops_size 16 --local_crops_number 2 --out_dim 32 --overlap_global 4 --overlap_local 2
 --batch_size_per_gpu 4 --epochs 3 --warmup_epochs 1 --warmup_teacher_temp_epochs 1
---drop_path_rate 0 --li_weight 1 --relation_heads 6 --hidden_dim 64""".split()
+--drop_path_rate 0 --li_weight 1 --relation_heads 6 --hidden_dim 64
+--temperature_spatial 0.5""".split()
 
 VARIANTS = {
     "dino": "",
@@ -29,7 +30,7 @@ VARIANTS = {
     "resnet50": "--recipe resnet50 --arch resnet50 --patch_size 32 --global_crops_size 96"
     " --local_crops_size 64 --overlap_global 3 --local_crops_number 1 --batch_size_per_gpu 2"
     " --relation_heads 8",
-    "demo": "--recipe demo --li_weight 0.1 --temperature_spatial 0.5",
+    "demo": "--recipe demo --li_weight 0.1",
     "ibot, own head": "--recipe ibot --no-shared_head --patch_out_dim 24",
     "mocov3, local views": "--recipe mocov3",
     "dino+": "--baseline dino+ --patch_out_dim 24",
